@@ -1,0 +1,178 @@
+"""The commands of the cloud side: ``emulate``, ``aggregator`` and ``report``."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.logging import RichHandler
+
+from cloud_aggregator.experiment import load_experiment
+from cloud_aggregator.methods import METHODS
+from cloud_aggregator.progress import ProgressView, closing_lines, closing_table
+from cloud_aggregator.records import RunRecord
+from cloud_aggregator.run_folder import RunFolder
+from device_profiles.config_files import read_toml
+from device_profiles.errors import InputError
+from device_profiles.modules import PLACEMENTS
+
+if TYPE_CHECKING:
+    from cloud_aggregator.server import Aggregator
+
+INTERRUPTED = 130
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _InterruptedError(Exception):
+    """A run that was stopped by a signal and kept everything."""
+
+    exit_code = INTERRUPTED
+
+
+def _start_logging(verbose: int) -> None:
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
+
+
+def stop_on_signals(aggregator: Aggregator) -> None:
+    """Make Ctrl-C and SIGTERM end the run in good order; a second Ctrl-C ends the process."""
+
+    def stop(_signal: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        aggregator.stop()
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+
+@click.command()
+@click.argument("experiment", required=False, type=click.Path(path_type=Path))
+@click.option("--method", metavar="NAME", help=f"One of {', '.join(METHODS)} (default pwff).")
+@click.option("--stages", metavar="NAMES", help="Stages to run; this version has 'instruction'.")
+@click.option("--clients", type=int, metavar="N", help="Devices drawn (default 10).")
+@click.option("--fleet", metavar="FILE|NAME", help="Mix of device profiles (default mixed).")
+@click.option("--rounds", metavar="N", help="Rounds at most (default 6).")
+@click.option("--local-steps", metavar="N", help="Optimiser steps a client and round (default 12).")
+@click.option("--batch-size", type=int, metavar="N", help="Examples a step (default 4).")
+@click.option("--learning-rate", type=float, metavar="X", help="Of AdamW (default 0.001).")
+@click.option("--seed", type=int, metavar="N", help="Same seed, same bits (default 0).")
+@click.option("--model", metavar="mini|gpt2|PATH|HUB_ID", help="The frozen base (default mini).")
+@click.option("--precision", metavar="auto|fp32", help="Of the base (default auto: fp32 here).")
+@click.option("--data", metavar="kit|alpaca|FILE", help="Instruction data (default kit).")
+@click.option("--partition", metavar="KIND", help="iid, category, cluster or dirichlet (category).")
+@click.option(
+    "--alpha", type=float, metavar="A", help="Dirichlet's; small is uneven (default 0.5)."
+)
+@click.option("--skew", type=float, metavar="X", help="Power law of the clients' sizes (0, equal).")
+@click.option("--max-length", type=int, metavar="N", help="Tokens an example at most (256).")
+@click.option("--placement", metavar="NAME", help=f"LoRA sites: {', '.join(PLACEMENTS)} (qkv).")
+@click.option("--lora-count", type=int, metavar="N", help="12 to 36 for all, not the profile's.")
+@click.option(
+    "--lora-rank", type=int, metavar="R", help="Instead of 96 at width 768 in proportion."
+)
+@click.option("--adapter-count", type=int, metavar="N", help="Checked against the base's sites.")
+@click.option("--adapter-size", type=int, metavar="M", help="Bottleneck size (default 10).")
+@click.option("--codec", metavar="NAME", help="fp32, fp16 or int8 (default fp32).")
+@click.option("--channel", metavar="paper|profile", help="Every client's uplink (default paper).")
+@click.option("--quorum", type=float, metavar="SHARE", help="Of updates that end a round (1).")
+@click.option("--deadline-seconds", type=float, metavar="S", help="Of a round, modelled (3600).")
+@click.option("--epsilon", type=float, metavar="NATS", help="Least improvement that counts (0).")
+@click.option(
+    "--patience", type=int, metavar="N", help="Rounds without it until the end (0: never)."
+)
+@click.option("--engine", metavar="local", help="Where clients are emulated.")
+@click.option("--workers", type=int, metavar="N", help="Processes (default: one a core).")
+@click.option(
+    "--transport", metavar="mqtt|memory", help="A real broker, or no socket at all (mqtt)."
+)
+@click.option("--broker", metavar="URL", help="mqtt://HOST:PORT; default: one is started here.")
+@click.option("--broker-wait-seconds", type=float, metavar="S", help="For that broker (10).")
+@click.option("--out", type=click.Path(path_type=Path), help="The run's folder (default runs/...).")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON at the end.")
+@click.option("-v", "--verbose", count=True, help="More of the log; twice for all.")
+def emulate(
+    experiment: Path | None,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+    verbose: int,
+    **options: Any,
+) -> int:
+    """Emulate a fleet on this machine: a broker, the aggregator, and devices that train.
+
+    EXPERIMENT is a TOML file with any of these options as keys (dashes become underscores);
+    options on the command line go before it. Without arguments it runs the bundled kit.
+    """
+    from cloud_aggregator.emulation.emulate import emulate as run_emulation
+
+    _start_logging(verbose)
+    given = {k: v for k, v in options.items() if v is not None}
+    if resume and out is None:
+        raise InputError("--resume goes on with the run in --out; name its folder")
+    if resume and experiment is None and out is not None and (out / "config.toml").exists():
+        given = {**read_toml(out / "config.toml").get("experiment", {}), **given}
+    chosen = load_experiment(experiment, given)
+    if out is None:
+        now = datetime.datetime.now().astimezone()
+        out = Path("runs") / f"{chosen.run_name}-{now:%Y%m%d-%H%M%S}"
+    console = Console(stderr=as_json)
+    with ProgressView(console, chosen.rounds) as view:
+        record = run_emulation(chosen, out, resume=resume, notify=view, on_start=stop_on_signals)
+    return _close(console, record, RunFolder(out), as_json=as_json)
+
+
+def _close(console: Console, record: RunRecord, folder: RunFolder, *, as_json: bool) -> int:
+    """Show what came of a run; return its exit code."""
+    from cloud_aggregator.reports.build import write_report
+
+    console.print(closing_table(record))
+    for line in closing_lines(record):
+        console.print(line, highlight=False, soft_wrap=True)
+    report = write_report([folder.path], None)
+    console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+    if as_json:
+        click.echo(json.dumps({"out": str(folder.path), **record.summary.model_dump()}))
+    if record.status == "stopped":
+        raise _InterruptedError(
+            f"interrupted after {len(record.rounds)} rounds, everything is kept; go on with "
+            f"--resume --out {folder.path}"
+        )
+    return 0
+
+
+@click.command()
+@click.option(
+    "--config", "path", required=True, type=click.Path(path_type=Path), help="A TOML file."
+)
+@click.option("-v", "--verbose", count=True, help="More of the log; twice for all.")
+def aggregator(path: Path, verbose: int) -> int:
+    """Run the cloud side of a run until it is done or stopped; it resumes where it was."""
+    from cloud_aggregator.service import load_service, serve
+
+    _start_logging(max(1, verbose))
+    service = load_service(path)
+    console = Console()
+    with ProgressView(console, service.rounds) as view:
+        record = serve(service, notify=view, on_start=stop_on_signals)
+    return _close(console, record, RunFolder(service.out), as_json=False)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Where the page is written.")
+def report(runs: tuple[Path, ...], out: Path | None) -> int:
+    """Write report.html of one run's folder, or a comparison of several."""
+    from cloud_aggregator.reports.build import write_report
+
+    click.echo(f"Report: {write_report(list(runs), out)}")
+    return 0

@@ -1,0 +1,104 @@
+"""One worker of an emulated fleet: a process that lends one base to its clients in turn.
+
+Started as ``python -m cloud_aggregator.emulation.worker SPEC.json``. It leaves when its clients are
+told that the run is over, on SIGTERM, and when its standard input closes (its parent is gone).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from cloud_aggregator.emulation.fleet import WorkerSpec, link_of
+from cloud_aggregator.methods import find_method, shared_layout
+from cloud_aggregator.run_folder import RunFolder
+from device_profiles.errors import InputError
+from edge_client.data.instructions import load_instructions
+from edge_client.host import Host
+from edge_client.local_client import LocalClient, Setup
+from edge_client.peft.tuned_model import TunedModel
+from messaging.mqtt import MqttNetwork
+from messaging.transport import Network
+from quantization.base_model import load_base, set_threads
+from quantization.identity import identify
+
+
+def build_clients(spec: WorkerSpec) -> list[LocalClient]:
+    """Load base and data once, and return this worker's clients on them.
+
+    Raises:
+        InputError: If base or data are not what the run was planned on.
+    """
+    set_threads(spec.threads)
+    identity = identify(spec.model)
+    method = find_method(spec.method)
+    adapters = "adapters" in method.trained
+    counts = [client.device.lora_count for client in spec.clients]
+    model = TunedModel(
+        load_base(identity),
+        adapter_size=spec.adapter_size if adapters else 0,
+        placement=spec.placement,
+        lora_count=max(counts),
+        lora_rank=spec.lora_rank,
+    )
+    setup = Setup(
+        run=spec.run,
+        layout=shared_layout(method, identity.shape, spec.adapter_size),
+        placement=spec.placement,
+        adapter_size=spec.adapter_size,
+        lora_rank=spec.lora_rank,
+        chunk_bytes=spec.chunk_bytes,
+    )
+    dataset = load_instructions(spec.data)
+    if dataset.sha256 != spec.data_sha256:
+        raise InputError(f"data {spec.data} changed since the run was planned; start a new run")
+    examples = dataset.examples
+    folder = RunFolder(Path(spec.run_folder))
+    return [
+        LocalClient(
+            setup,
+            model,
+            device=client.device,
+            profile=client.profile,
+            link=link_of(client.device),
+            train_examples=[examples[i] for i in client.train],
+            held_out=[examples[i] for i in client.held_out],
+            folder=folder.client_path(client.device.id),
+        )
+        for client in spec.clients
+    ]
+
+
+def make_host(spec: WorkerSpec, network: Network) -> Host:
+    """Return a host of this worker's clients."""
+    return Host(network, build_clients(spec), binding=spec.binding)
+
+
+def main() -> int:
+    """Run the worker that the first argument's file describes; return the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    spec = WorkerSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
+    if spec.broker is None:
+        raise ValueError("a worker process needs a broker")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which stops its workers
+    host = make_host(spec, MqttNetwork(spec.broker))
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: host.stop())
+    threading.Thread(target=_leave_with_parent, args=(host,), daemon=True).start()
+    host.run()
+    for failure in host.failures:
+        logging.error(failure)
+    return 1 if host.failures else 0
+
+
+def _leave_with_parent(host: Host) -> None:
+    while os.read(sys.stdin.fileno(), 1):  # empty when the parent's end of the pipe closes
+        pass
+    host.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""What a person sees while a run goes on, and the table at its end.
+
+On a terminal: a live view of clients, rounds, bytes and the time left. Elsewhere (a log, a pipe):
+one line an event that matters.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from cloud_aggregator.records import RunRecord
+from messaging.protocol import DeviceRecord
+
+
+def human_bytes(number: float) -> str:
+    """Return a number of bytes in the unit that reads best (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(number) < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def percent(value: float | None, sign: str = " %") -> str:
+    """Return a share as a percentage, or a dash."""
+    return "-" if value is None else f"{100 * value:.1f}{sign}"
+
+
+def nats(value: float | None) -> str:
+    """Return a loss with three decimals, or a dash."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+@dataclass
+class _Row:
+    device: DeviceRecord | None = None
+    doing: str = ""
+    before: float | None = None
+    accuracy: float | None = None
+    loss: float | None = None
+    train_loss: float | None = None
+
+
+@dataclass
+class _View:
+    rows: dict[str, _Row] = field(default_factory=dict)
+    round: int = 0
+    bytes_up: int = 0
+    line: str = ""
+
+
+class ProgressView:
+    """Turns a run's events into a live view or into lines; use it as a context manager.
+
+    Args:
+        console: Where it is shown.
+        rounds: How many rounds the run has at most.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self, console: Console, rounds: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._console = console
+        self._rounds = rounds
+        self._clock = clock
+        self._view = _View()
+        self._round_seconds: list[float] = []
+        self._bar = Progress(
+            TextColumn("rounds"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+        )
+        self._bar_task = self._bar.add_task("rounds", total=rounds, left="")
+        self._live: Live | None = None
+        if console.is_terminal:
+            self._live = Live(self._draw(), console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> ProgressView:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Take one event of the run."""
+        handler = getattr(self, f"_on_{event}", None)
+        if handler is not None:
+            handler(**fields)
+        if self._live is not None:
+            self._live.update(self._draw())
+
+    def _say(self, line: str) -> None:
+        if self._live is None:
+            self._console.print(line, highlight=False, soft_wrap=True)
+        else:
+            self._view.line = line
+
+    def _row(self, client: str) -> _Row:
+        return self._view.rows.setdefault(client, _Row())
+
+    def _on_plan(
+        self, record: RunRecord, clients: list[DeviceRecord], broken: list[tuple[int, str]]
+    ) -> None:
+        for device in clients:
+            self._row(device.id).device = device
+        self._advance(len(record.rounds))
+        for number, reason in broken[:3]:
+            self._console.print(f"data: line {number} left out: {reason}", highlight=False)
+        if len(broken) > 3:
+            self._console.print(f"data: {len(broken)} rows left out in all", highlight=False)
+        counts = sorted({d.lora_count for d in clients})
+        self._say(
+            f"{len(clients)} clients on {record.model.name} "
+            f"({record.model.parameters:,} parameters), "
+            f"LoRA modules {', '.join(map(str, counts))}; {record.data.examples:,} examples; "
+            f"starting {record.workers} worker(s)"
+        )
+
+    def _on_hello(self, client: str, online: bool) -> None:
+        self._row(client).doing = "ready" if online else "left"
+
+    def _on_task(self, work: str, round: int, clients: list[str]) -> None:
+        self._view.round = round
+        for client in clients:
+            self._row(client).doing = "training" if work == "train" else "measuring"
+
+    def _on_update(
+        self, client: str, verdict: str, train_loss: float | None, **fields: Any
+    ) -> None:
+        row = self._row(client)
+        row.train_loss = train_loss
+        row.doing = "sent" if verdict in ("taken", "accepted") else verdict
+        self._view.bytes_up += fields["bytes"]
+
+    def _on_refused(self, client: str, code: str, **_fields: Any) -> None:
+        if client in self._view.rows:
+            self._row(client).doing = f"refused ({code})"
+
+    def _on_report(
+        self, client: str, eval_loss: float | None, eval_accuracy: float | None, **_fields: Any
+    ) -> None:
+        row = self._row(client)
+        if row.before is None:
+            row.before = eval_accuracy
+        row.accuracy, row.loss, row.doing = eval_accuracy, eval_loss, "measured"
+
+    def _on_before(self, eval_loss: float | None, eval_accuracy: float | None) -> None:
+        self._say(f"before: held-out accuracy {percent(eval_accuracy)}, loss {nats(eval_loss)}")
+
+    def _on_round(self, **f: Any) -> None:
+        self._round_seconds.append(f["wall_seconds"])
+        self._advance(f["round"])
+        left = self._left()
+        self._say(
+            f"round {f['round']}/{self._rounds}: accuracy {percent(f['eval_accuracy'])}, "
+            f"loss {nats(f['eval_loss'])}, {f['accepted']} of {f['clients']} clients, "
+            f"{human_bytes(f['upload_bytes'])} up, {f['virtual_seconds']:.0f} s modelled, "
+            f"{f['wall_seconds']:.0f} s here" + (f", {left}" if left else "")
+        )
+
+    def _left(self) -> str:
+        rounds = self._rounds - self._view.round
+        if not self._round_seconds or rounds <= 0:
+            return ""
+        seconds = rounds * sum(self._round_seconds) / len(self._round_seconds)
+        return (
+            f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+        )
+
+    def _advance(self, done: int) -> None:
+        self._view.round = done
+        self._bar.update(self._bar_task, completed=done, left=self._left())
+
+    def _draw(self) -> Group:
+        table = Table(box=None, pad_edge=False)
+        for name in ("client", "device", "LoRA", "doing", "train loss", "loss", "accuracy", "was"):
+            table.add_column(
+                name, justify="left" if name in ("client", "device", "doing") else "right"
+            )
+        for client, row in sorted(self._view.rows.items()):
+            device = row.device
+            table.add_row(
+                client,
+                device.profile if device else "",
+                str(device.lora_count) if device else "",
+                row.doing,
+                nats(row.train_loss),
+                nats(row.loss),
+                percent(row.accuracy),
+                percent(row.before),
+            )
+        sent = Text(f"{human_bytes(self._view.bytes_up)} of updates received")
+        return Group(table, Text(self._view.line), sent, self._bar)
+
+
+def closing_table(record: RunRecord) -> Table:
+    """Return the table that ends a run: every client before and after, and what it sent."""
+    title = f"{record.run}: {record.status} ({record.stop_reason})"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("client", no_wrap=True)
+    for name in ("LoRA", "rows", "accuracy, %", "loss, nats", "sent", "uplink*"):
+        table.add_column(name, justify="right", no_wrap=True)
+    before = {c.id: c for c in record.before}
+    for device in record.clients:
+        mine = [c for r in record.rounds for c in r.clients if c.id == device.id]
+        measured = [c for c in mine if c.eval_accuracy is not None]
+        first, last = before.get(device.id), measured[-1] if measured else None
+        table.add_row(
+            device.id,
+            str(device.lora_count),
+            str(device.examples),
+            f"{percent(first.eval_accuracy if first else None, '')} -> "
+            f"{percent(last.eval_accuracy if last else None, '')}",
+            f"{nats(first.eval_loss if first else None)} -> "
+            f"{nats(last.eval_loss if last else None)}",
+            human_bytes(sum(c.upload_bytes for c in mine)),
+            f"{sum(c.uplink_seconds for c in mine):.1f} s",
+        )
+    return table
+
+
+def closing_lines(record: RunRecord) -> list[str]:
+    """Return the sentences that end a run, with its figures whatever they say."""
+    s = record.summary
+    if s.eval_accuracy_before is None or s.eval_accuracy_after is None:
+        return ["Held-out accuracy was not measured.", "* modelled"]
+    change = s.eval_accuracy_after - s.eval_accuracy_before
+    word = "rose" if change > 0 else "fell" if change < 0 else "stayed"
+    return [
+        f"Held-out accuracy {word} from {percent(s.eval_accuracy_before)} to "
+        f"{percent(s.eval_accuracy_after)} (loss {nats(s.eval_loss_before)} to "
+        f"{nats(s.eval_loss_after)}); it rose for {s.clients_improved} of {len(record.clients)} "
+        f"clients; the worst client has {percent(s.worst_client_accuracy)}.",
+        f"{human_bytes(s.upload_bytes_total)} of updates in {len(record.rounds)} rounds; "
+        f"an upload takes {s.mean_uplink_seconds:.2f} s and {s.mean_uplink_joules:.2f} J "
+        "on average (modelled)."
+        if s.upload_bytes_total
+        else "Nothing was uploaded.",
+        "* modelled",
+    ]

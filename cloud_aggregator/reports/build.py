@@ -1,0 +1,184 @@
+"""The page: records in, one HTML file out that asks for nothing from anywhere.
+
+Every figure is the record's; what a template adds is only how it is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from cloud_aggregator.methods import METHODS
+from cloud_aggregator.records import RunRecord
+from cloud_aggregator.reports import comparison, cost_plots, plots, series, words
+from cloud_aggregator.reports.canvas import PALETTE
+from cloud_aggregator.run_folder import read_record, write_atomically
+from device_profiles.errors import InputError
+
+_MOST_MISSED = 60  # updates that did not arrive, listed with their reasons
+
+
+def build_report(runs: Sequence[tuple[str, RunRecord]]) -> str:
+    """Return the page: a report of one run, or a comparison of several.
+
+    Args:
+        runs: Name and record of each; equal names get a number.
+
+    Raises:
+        InputError: If there is no run.
+    """
+    if not runs:
+        raise InputError("no run is named; give one run's folder, or several to compare")
+    if len(runs) == 1:
+        name, run = runs[0]
+        return _environment().get_template("report.html.jinja").render(_one(name, run))
+    told = _told_apart(runs)
+    return _environment().get_template("comparison.html.jinja").render(_several(told))
+
+
+def write_report(folders: Sequence[Path], out: Path | None) -> Path:
+    """Write the page and return where it is.
+
+    Args:
+        folders: Folders of runs, or their ``run.json``.
+        out: Where to; without it ``report.html`` in the one run's folder, or ``comparison.html``
+            in the current one for several.
+
+    Raises:
+        InputError: If a run cannot be read or the page cannot be written.
+        DiskFullError: If there is no room for it.
+    """
+    homes = [path.parent if path.is_file() else path for path in folders]
+    runs = [
+        (home.resolve().name, read_record(path)) for home, path in zip(homes, folders, strict=True)
+    ]
+    page = build_report(runs)
+    to = out or (homes[0] / "report.html" if len(homes) == 1 else Path("comparison.html"))
+    write_atomically(to, page.encode())
+    return to
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("cloud_aggregator.reports", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = (
+        words.percent, words.points, words.nats, words.size, words.energy, words.duration,
+        words.number, words.clients,
+    )  # fmt: skip
+    environment.filters.update({f.__name__: f for f in filters})
+    environment.globals.update(palette=PALETTE, method_title=_method_title)
+    return environment
+
+
+def _one(name: str, run: RunRecord) -> dict[str, Any]:
+    found = series.tracks(run)
+    rows = series.round_rows(run)
+    source = series.source_of_costs(run)
+    missed = [
+        (record.round, client)
+        for record in run.rounds
+        for client in record.clients
+        if client.status not in {"aggregated", "skipped"}
+    ]
+    return {
+        "name": name,
+        "run": run,
+        "headline": words.headline(run, found),
+        "banner": _banner(run),
+        "source": source,
+        "tracks": found,
+        "worst": [track.id for track in series.worst(found)],
+        "rows": rows,
+        "missed": missed[:_MOST_MISSED],
+        "missed_more": len(missed[_MOST_MISSED:]),
+        "uploads": sum(client.upload_bytes > 0 for r in run.rounds for client in r.clients),
+        "wall_seconds": sum(r.observed.wall_seconds for r in run.rounds),
+        "peak_memory": max((r.observed.peak_memory_bytes for r in run.rounds), default=0),
+        "deployed": run.engine == "deployment",
+        "retransmitted": sum(r.observed.retransmitted_bytes for r in run.rounds),
+        "refused": _refused(run),
+        "rewards": sorted({reward for row in rows for reward in row.rewards}),
+        "learning": [
+            plots.per_round(run, found, series.mean_accuracy(run), plots.ACCURACY),
+            plots.per_round(run, found, series.mean_loss(run), plots.LOSS),
+            plots.before_and_after(found),
+            plots.categories(found),
+        ],
+        "devices": cost_plots.devices(found, source),
+        "costs": [
+            cost_plots.bytes_per_round(run, rows),
+            cost_plots.seconds_per_round(run, source),
+        ],
+    }
+
+
+def _several(runs: Sequence[tuple[str, RunRecord]]) -> dict[str, Any]:
+    return {
+        "runs": [
+            {
+                "name": name,
+                "run": run,
+                "banner": _banner(run),
+                "source": series.source_of_costs(run),
+                "worst": comparison.worst_text(run),
+                "wall_seconds": sum(r.observed.wall_seconds for r in run.rounds),
+                "virtual_seconds": sum(r.virtual_seconds for r in run.rounds),
+            }
+            for name, run in runs
+        ],
+        "leader": comparison.leader(runs),
+        "differences": comparison.not_comparable(runs),
+        "charts": comparison.overlays(runs),
+        "clients": comparison.client_rows(runs),
+        "most_clients": max(len(run.clients) for _, run in runs),
+    }
+
+
+def _banner(run: RunRecord) -> str:
+    """Return what a reader must know of a run that is not done, or nothing."""
+    count = len(run.rounds)
+    done = f"{count or 'no'} finished round{'' if count == 1 else 's'}"
+    extent = f"The figures are those of {done}." if count else "No round is finished."
+    reason = f": {run.stop_reason}" if run.stop_reason else " (no reason recorded)"
+    if run.status == "running":
+        return f"This run was still running when its record was written; {done} so far."
+    if run.status == "stopped":
+        return f"This run was stopped before its end{reason}. {extent}"
+    if run.status == "failed":
+        return f"This run failed{reason}. {extent}"
+    return ""
+
+
+def _refused(run: RunRecord) -> dict[str, int]:
+    """Return refused messages by code, over the run."""
+    total: dict[str, int] = {}
+    for record in run.rounds:
+        for code, count in record.observed.refused.items():
+            total[code] = total.get(code, 0) + count
+    return total
+
+
+def _method_title(name: str) -> str:
+    return METHODS[name].title if name in METHODS else name
+
+
+def _told_apart(runs: Sequence[tuple[str, RunRecord]]) -> list[tuple[str, RunRecord]]:
+    """Return the runs under names of their own: an equal one gets a number."""
+    told: dict[str, RunRecord] = {}
+    for name, run in runs:
+        own, count = name, 1
+        while own in told:
+            count += 1
+            own = f"{name} ({count})"
+        told[own] = run
+    return list(told.items())

@@ -1,0 +1,158 @@
+"""A run's record turned over: one track a client, one row a round, and where figures come from.
+
+Units: accuracy is a share in [0, 1], loss is nats, the rest bytes, seconds and joules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cloud_aggregator.records import ClientRound, RoundRecord, RunRecord, weighted_mean
+from messaging.protocol import DeviceRecord
+
+Values = tuple[float | None, ...]
+
+
+def last_of(values: Sequence[float | None]) -> float | None:
+    """Return the latest value after round 0 that was measured."""
+    return next((value for value in reversed(values[1:]) if value is not None), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Track:
+    """One client through the run.
+
+    Attributes:
+        id: The client.
+        device: What it said of itself; None if the record lacks it.
+        accuracy: Before the first round, then after each; None where it was not measured.
+        loss: Likewise.
+        rounds: Its part of each round that it was in.
+    """
+
+    id: str
+    device: DeviceRecord | None
+    accuracy: Values
+    loss: Values
+    rounds: tuple[ClientRound, ...]
+
+    @property
+    def before(self) -> float | None:
+        """Accuracy before the first round."""
+        return self.accuracy[0]
+
+    @property
+    def after(self) -> float | None:
+        """The latest accuracy after a round."""
+        return last_of(self.accuracy)
+
+    @property
+    def change(self) -> float | None:
+        """Accuracy after minus before."""
+        after = self.after
+        return None if self.before is None or after is None else after - self.before
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRow:
+    """One round in figures: counts of clients by status, means, sums over the clients."""
+
+    record: RoundRecord
+    counts: Counter[str]
+    train_loss: float | None
+    upload_bytes: int
+    download_bytes: int
+    rewards: dict[str, float]
+
+
+def tracks(run: RunRecord) -> list[Track]:
+    """Return one track a client, in the order of the record."""
+    devices = {device.id: device for device in run.clients}
+    before = {client.id: client for client in run.before}
+    rounds = [{client.id: client for client in record.clients} for record in run.rounds]
+    ids = dict.fromkeys([*devices, *before, *(i for clients in rounds for i in clients)])
+    found = []
+    for client in ids:
+        parts = [before.get(client), *(clients.get(client) for clients in rounds)]
+        found.append(
+            Track(
+                id=client,
+                device=devices.get(client),
+                accuracy=tuple(_finite(p.eval_accuracy if p else None) for p in parts),
+                loss=tuple(_finite(p.eval_loss if p else None) for p in parts),
+                rounds=tuple(clients[client] for clients in rounds if client in clients),
+            )
+        )
+    return found
+
+
+def best_first(clients: Iterable[Track]) -> list[Track]:
+    """Return the clients by their latest accuracy, highest first; the unmeasured come last."""
+    return sorted(clients, key=lambda t: (t.after is None, -(t.after or 0.0), t.id))
+
+
+def worst(clients: Iterable[Track]) -> list[Track]:
+    """Return the clients with the lowest latest accuracy: none, one, or all that tie."""
+    measured = [(t.after, t) for t in clients if t.after is not None]
+    lowest = min((value for value, _ in measured), default=None)
+    return [track for value, track in measured if value == lowest]
+
+
+def mean_accuracy(run: RunRecord) -> Values:
+    """Return the example-weighted accuracy before the first round and after each."""
+    weights = {device.id: device.held_out_examples for device in run.clients}
+    before = weighted_mean([(c.eval_accuracy, weights.get(c.id, 0)) for c in run.before])
+    return (before, *(_finite(r.global_.eval_accuracy) for r in run.rounds))
+
+
+def mean_loss(run: RunRecord) -> Values:
+    """Return the example-weighted loss before the first round and after each."""
+    weights = {device.id: device.held_out_examples for device in run.clients}
+    before = weighted_mean([(c.eval_loss, weights.get(c.id, 0)) for c in run.before])
+    return (before, *(_finite(r.global_.eval_loss) for r in run.rounds))
+
+
+def round_rows(run: RunRecord) -> list[RoundRow]:
+    """Return one row a round; train loss is weighted by training examples."""
+    weights = {device.id: device.examples for device in run.clients}
+    return [
+        RoundRow(
+            record=record,
+            counts=Counter(client.status for client in record.clients),
+            train_loss=weighted_mean(
+                [(c.train_loss, weights.get(c.id, 0)) for c in record.clients]
+            ),
+            upload_bytes=sum(client.upload_bytes for client in record.clients),
+            download_bytes=sum(client.download_bytes for client in record.clients),
+            rewards=_rewards(record),
+        )
+        for record in run.rounds
+    ]
+
+
+def source_of_costs(run: RunRecord) -> str:
+    """Return whether airtime, energy, compute and virtual time are modelled or measured."""
+    kinds = Counter(device.costs for device in run.clients)
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    if not kinds:
+        return "source not recorded"
+    return f"modelled for {kinds['modelled']}, measured for {kinds['measured']} clients"
+
+
+def _rewards(record: RoundRecord) -> dict[str, float]:
+    """Return plain means over the clients that reported; no entry where none did."""
+    names = ("reward_helpfulness", "reward_harmlessness", "kl", "reward_accuracy")
+    means = {}
+    for name in names:
+        values = [v for c in record.clients if (v := _finite(getattr(c, name))) is not None]
+        if values:
+            means[name] = sum(values) / len(values)
+    return means
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

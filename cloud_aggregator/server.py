@@ -1,0 +1,587 @@
+"""The aggregator: gathers devices, sends tasks, takes updates, averages, and keeps the record.
+
+One thread. Whatever arrives is put on an inbox by the transport; the phases of a run are straight
+code that pumps the inbox until their condition holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+from cloud_aggregator.aggregation.mean import weighted_mean
+from cloud_aggregator.intake import Intake, IntakeRules
+from cloud_aggregator.records import (
+    ClientBefore,
+    ClientRound,
+    GlobalRound,
+    Observed,
+    RoundRecord,
+    RunRecord,
+    summarise,
+)
+from cloud_aggregator.records import weighted_mean as weighted_figure
+from cloud_aggregator.registry import Registry
+from cloud_aggregator.rounds import Convergence
+from cloud_aggregator.run_folder import RunFolder
+from cloud_aggregator.settings import RunSettings
+from cloud_aggregator.shelf import Shelf
+from cloud_aggregator.spool import Spool
+from device_profiles.modules import initial_adapters
+from messaging import topics
+from messaging.chunks import parse_chunk, wire_bytes
+from messaging.errors import ProtocolError
+from messaging.protocol import (
+    Costs,
+    Hello,
+    Manifest,
+    Message,
+    Offer,
+    Outcome,
+    Reject,
+    Report,
+    Stage,
+    Task,
+    Want,
+    decode,
+    encode,
+)
+from messaging.transport import Network
+
+log = logging.getLogger(__name__)
+
+_TICK_SECONDS = 0.5
+_STAGE: Stage = "instruction"
+
+Status = Literal["done", "running", "stopped", "failed"]
+Work = Literal["train", "evaluate"]
+
+
+class RunFailedError(Exception):
+    """The run cannot go on; what was done is on disk."""
+
+    exit_code = 1
+
+
+class _StoppedError(Exception):
+    """Someone asked the run to stop."""
+
+
+class Aggregator:
+    """One run.
+
+    Args:
+        settings: What the run is.
+        record: Its record so far; rounds in it are not done again.
+        folder: Where record, global states and spool are.
+        network: Opens the connection.
+        notify: Told of everything that happens (event, fields), for progress and metrics.
+        memory: Returns the bytes that the run holds now, for the record's peak.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        record: RunRecord,
+        folder: RunFolder,
+        network: Network,
+        *,
+        notify: Callable[..., None],
+        memory: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings = settings
+        self.record = record
+        self._folder = folder
+        self._notify = notify
+        self._memory = memory
+        self._clock = clock
+        # A simple queue: a signal handler may put while this thread gets.
+        self._inbox: queue.SimpleQueue[tuple[str, bytes] | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._failure: Exception | None = None
+        self._transport = network.open(
+            client_id=f"pwff-{settings.run}-aggregator",
+            filters=topics.everything_up(settings.run),
+            deliver=lambda topic, payload: self._inbox.put((topic, payload)),
+            connected=lambda: self._inbox.put(("", b"")),
+        )
+        self._registry = Registry(binding=settings.binding, layout=settings.layout.sha256)
+        self._shelf = Shelf(settings.run, settings.layout, folder, settings.chunk_bytes)
+        self._tasks: dict[str, Task] = {}
+        self._reports: dict[str, Report] = {}
+        self._intake: Intake | None = None
+        self._refused: Counter[str] = Counter()
+        self._peak_memory = 0
+        self._finished = False
+        self._session = secrets.token_hex(8)
+
+    def stop(self) -> None:
+        """Make ``run`` leave in good order; callable from any thread or signal handler."""
+        self._stop.set()
+        self._inbox.put(None)
+
+    def fail(self, error: Exception) -> None:
+        """Make ``run`` raise ``error``; callable from any thread."""
+        self._failure = error
+        self._inbox.put(None)
+
+    def run(self) -> RunRecord:
+        """Do what is left of the run and return its record.
+
+        Raises:
+            RunFailedError: If emulated clients do not appear or answer in time.
+            SpoolFullError: If the spool's disk is full.
+            InputError: If a run to go on with is damaged.
+        """
+        self._transport.start()
+        try:
+            self._close_record("running", None)
+            self._restore()
+            self._gather()
+            if not self.record.before:
+                self._before()
+            while not (reason := self._stop_reason()):
+                self._do_round(len(self.record.rounds) + 1)
+            self._close_record("done", reason)
+            self._dismiss(reason)
+        except _StoppedError:
+            self._break_off("stopped", "interrupted")
+        except Exception as err:
+            self._break_off("failed", str(err)[:400])
+            raise
+        finally:
+            self._leave()
+        return self.record
+
+    def _break_off(self, status: Status, reason: str) -> None:
+        if self.record.status == "running":  # what is done is done, though devices have not left
+            self._close_record(status, reason)
+
+    def _leave(self) -> None:
+        if self._intake is not None:
+            self._intake.close()
+        try:
+            self._notify("end", status=self.record.status, reason=self.record.stop_reason)
+        finally:
+            self._transport.close()
+
+    # -- phases ----------------------------------------------------------------------------------
+
+    def _stop_reason(self) -> str:
+        settings = self.settings
+        convergence = Convergence(epsilon=settings.epsilon, patience=settings.patience)
+        for record in self.record.rounds:
+            if convergence.observed(record.global_.eval_loss):
+                return "converged"
+        return "rounds" if len(self.record.rounds) >= settings.rounds else ""
+
+    def _close_record(self, status: Status, reason: str | None) -> None:
+        self.record.status = status
+        self.record.stop_reason = reason
+        self._write_record()
+
+    def _write_record(self) -> None:
+        self.record.summary = summarise(self.record)
+        self._folder.write_record(self.record)
+
+    def _restore(self) -> None:
+        """Put the newest global state on the shelf, or make the first one."""
+        settings = self.settings
+        newest = max((r.round for r in self.record.rounds if r.accepted), default=0)
+        if settings.layout.specs and newest:
+            self._shelf.put(self._shelf.load(newest), newest)
+        elif settings.layout.specs:
+            first = initial_adapters(settings.base, settings.adapter_size, settings.seed)
+            self._shelf.put(settings.layout.pack(first), 0)
+        self._remove_old_updates()
+        self._publish_manifest()
+
+    def _remove_old_updates(self) -> None:
+        """Leave in the spool only what an earlier process took in the round that comes next."""
+        done = len(self.record.rounds)
+        begun = self.record.before or done
+        for path in self._folder.spool_path.glob("*"):
+            if not begun or path.name != str(done + 1):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _gather(self) -> None:
+        settings = self.settings
+
+        def complete() -> bool:
+            return len(self._registry.online) >= settings.clients
+
+        while not self._pump(complete, settings.gather_seconds):
+            there = len(self._registry.online)
+            if settings.virtual_time:
+                raise RunFailedError(
+                    f"{there} of {settings.clients} emulated clients appeared within "
+                    f"{settings.gather_seconds:g} s; see the workers' logs in {self._folder.path}"
+                )
+            if there >= settings.minimum_clients:
+                break
+            log.info("waiting for devices: %d of %d are there", there, settings.minimum_clients)
+        self._list_clients()
+
+    def _list_clients(self) -> None:
+        """Take newly seen devices into the record."""
+        known = {c.id: c for c in self.record.clients} | self._registry.devices
+        self.record.clients = [known[i] for i in sorted(known)]
+        data = self.record.data
+        if data.sha256 is None:  # in deployment the data is the clients' own
+            data.examples = sum(c.examples for c in self.record.clients)
+            data.held_out_examples = sum(c.held_out_examples for c in self.record.clients)
+
+    def _before(self) -> None:
+        reports = self._evaluate(0, {})
+        self.record.before = [
+            ClientBefore(id=i, eval_loss=r.eval_loss, eval_accuracy=r.eval_accuracy)
+            for i, r in sorted(reports.items())
+        ]
+        self._write_record()
+        summary = self.record.summary
+        self._notify(
+            "before", eval_loss=summary.eval_loss_before, eval_accuracy=summary.eval_accuracy_before
+        )
+
+    def _do_round(self, number: int) -> None:
+        began = self._clock()
+        intake = self._train(number)
+        if intake.round.accepted and self._shelf.vector is not None:
+            self._shelf.put(self._shelf.vector + weighted_mean(intake.accepted_updates()), number)
+            self._publish_manifest()
+        outcomes: dict[str, Outcome] = {i: intake.round.status(i) for i in intake.round.cohort}
+        reports = self._evaluate(number, outcomes)
+        self._list_clients()
+        record = self._round_record(intake, reports)
+        record.observed = Observed(
+            wall_seconds=self._clock() - began,
+            retransmitted_bytes=intake.retransmitted_bytes,
+            peak_memory_bytes=self._peak_memory,
+            refused=dict(self._refused + intake.refused),
+        )
+        self._refused.clear()
+        self.record.rounds.append(record)
+        self._write_record()
+        intake.clear()
+        self._notify_round(record)
+
+    def _train(self, number: int) -> Intake:
+        settings = self.settings
+        cohort = self._cohort()
+        intake = self._intake = Intake(
+            number,
+            {i: self._registry.devices[i].examples for i in cohort},
+            IntakeRules(
+                run=settings.run,
+                binding=settings.binding,
+                layout=settings.layout,
+                codec=settings.codec,
+                limits=settings.limits,
+                virtual_time=settings.virtual_time,
+                round_rules=settings.rules,
+            ),
+            Spool(self._folder.spool_path / str(number)),
+            began=self._clock(),
+            send=self._send,
+            notify=self._notify,
+        )
+        last = self.record.rounds[-1].clients if self.record.rounds else []
+        outcomes: dict[str, Outcome] = {c.id: c.status for c in last}
+        intake.restore()
+        missing = [i for i in cohort if i not in intake.contributions]
+        self._assign("train", number, missing, outcomes)
+        if settings.virtual_time:
+            if not self._pump(lambda: intake.answered, settings.patience_seconds):
+                raise self._silence(intake.silent(), f"no update of round {number}")
+            intake.settle()
+        else:
+            while intake.round.closed_at is None:
+                self._pump(lambda: intake.round.closed_at is not None, _TICK_SECONDS)
+                intake.passed(self._clock())
+        return intake
+
+    def _cohort(self) -> list[str]:
+        while not self._registry.online:
+            log.info("waiting for devices: none is there")
+            self._pump(lambda: bool(self._registry.online), self.settings.gather_seconds)
+        return self._asked()
+
+    def _asked(self) -> list[str]:
+        """Return the devices that get the next task.
+
+        In emulation that is every one: whether a worker is just being started again is no part of
+        what a run is a function of.
+        """
+        return (
+            sorted(self._registry.devices) if self.settings.virtual_time else self._registry.online
+        )
+
+    def _evaluate(self, number: int, outcomes: dict[str, Outcome]) -> dict[str, Report]:
+        settings = self.settings
+        self._reports.clear()
+        asked = self._asked()
+        self._assign("evaluate", number, asked, outcomes)
+
+        def waited_for(client: str) -> bool:
+            return settings.virtual_time or self._registry.is_online(client)
+
+        def complete() -> bool:
+            return all(i in self._reports or not waited_for(i) for i in asked)
+
+        if not self._pump(complete, settings.patience_seconds) and settings.virtual_time:
+            raise self._silence(sorted(set(asked) - set(self._reports)), "no held-out results")
+        self._tasks.clear()
+        return dict(self._reports)
+
+    def _silence(self, silent: list[str], what: str) -> RunFailedError:
+        return RunFailedError(
+            f"emulated client '{silent[0]}' ({len(silent)} in all) gave {what} within "
+            f"{self.settings.patience_seconds:g} s; see the workers' logs in {self._folder.path}"
+        )
+
+    def _assign(
+        self, work: Work, number: int, clients: Iterable[str], outcomes: dict[str, Outcome]
+    ) -> None:
+        settings = self.settings
+        self._tasks = {
+            client: Task(
+                run=settings.run,
+                client=client,
+                work=work,
+                stage=_STAGE,
+                round=number,
+                state=self._shelf.newest,
+                outcome=outcomes.get(client, "none"),
+                seed=settings.seed,
+                local_steps=settings.local_steps,
+                batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
+                codec=settings.codec,
+                max_length=settings.max_length,
+            )
+            for client in clients
+        }
+        self._notify("task", work=work, round=number, clients=sorted(self._tasks))
+        for client, task in self._tasks.items():
+            self._send(client, task)
+
+    def _dismiss(self, reason: str) -> None:
+        """Tell every device that the run is over, and keep saying so until they have left."""
+        self._finished = True
+        self._publish_manifest()
+        for client in sorted(self._registry.devices):
+            self._send_stop(client, reason)
+        if self.settings.virtual_time:
+            self._pump(lambda: not self._registry.online, self.settings.gather_seconds)
+            # a later run of the same name on the same broker must not find this one's end
+            self._transport.publish(topics.manifest(self.settings.run), b"", retain=True)
+
+    def _send_stop(self, client: str, reason: str) -> None:
+        task = Task(
+            run=self.settings.run,
+            client=client,
+            work="stop",
+            stage=_STAGE,
+            round=len(self.record.rounds),
+            state=None,
+            seed=self.settings.seed,
+            reason=reason,
+        )
+        self._send(client, task)
+
+    # -- records ---------------------------------------------------------------------------------
+
+    def _round_record(self, intake: Intake, reports: dict[str, Report]) -> RoundRecord:
+        clients = [
+            self._client_round(device.id, intake, reports.get(device.id))
+            for device in self.record.clients
+        ]
+        slowest = max((c.downlink_seconds for c in clients), default=0.0)
+        figures = reports.values()
+        return RoundRecord(
+            stage=_STAGE,
+            round=intake.number,
+            accepted=intake.round.accepted,
+            virtual_seconds=(intake.round.closed_at or 0.0) + slowest,
+            clients=clients,
+            global_=GlobalRound(
+                eval_loss=weighted_figure([(r.eval_loss, r.examples) for r in figures]),
+                eval_accuracy=weighted_figure([(r.eval_accuracy, r.examples) for r in figures]),
+            ),
+            observed=Observed(),
+        )
+
+    def _client_round(self, client: str, intake: Intake, report: Report | None) -> ClientRound:
+        gave = intake.contributions.get(client)
+        offer = gave.offer if gave else None
+        costs = gave.costs if gave else Costs()
+        # The state that the round made, once: what a device that was started again fetched anew
+        # depends on what happened to it, and not on what the run is.
+        fresh = bool(intake.round.accepted)
+        down = report.costs if report and fresh else Costs()
+        return ClientRound(
+            id=client,
+            status=intake.round.status(client) if client in intake.round.cohort else "skipped",
+            reason=intake.reasons.get(client, ""),
+            train_loss=gave.train_loss if gave else None,
+            eval_loss=report.eval_loss if report else None,
+            eval_accuracy=report.eval_accuracy if report else None,
+            upload_bytes=wire_bytes(offer.bytes, offer.chunk_bytes) if offer else 0,
+            upload_parameters=self.settings.layout.size if offer else 0,
+            download_bytes=down.download_bytes,
+            downlink_seconds=down.downlink_seconds,
+            uplink_seconds=costs.uplink_seconds,
+            uplink_joules=costs.uplink_joules,
+            compute_seconds=costs.compute_seconds,
+            compute_joules=costs.compute_joules,
+        )
+
+    def _notify_round(self, record: RoundRecord) -> None:
+        self._notify(
+            "round",
+            round=record.round,
+            accepted=len(record.accepted),
+            clients=len(record.clients),
+            eval_loss=record.global_.eval_loss,
+            eval_accuracy=record.global_.eval_accuracy,
+            upload_bytes=sum(c.upload_bytes for c in record.clients),
+            virtual_seconds=record.virtual_seconds,
+            wall_seconds=record.observed.wall_seconds,
+        )
+
+    # -- messages --------------------------------------------------------------------------------
+
+    def _pump(self, done: Callable[[], bool], limit_seconds: float) -> bool:
+        """Take what arrives until ``done`` holds; return whether it does at the limit."""
+        deadline = self._clock() + limit_seconds
+        next_tick = self._clock()
+        while not done():
+            now = self._clock()
+            if now >= deadline:
+                return False
+            if now >= next_tick:
+                self._tick(now)
+                next_tick = now + _TICK_SECONDS
+            try:
+                event = self._inbox.get(timeout=max(0.0, min(next_tick, deadline) - now))
+            except queue.Empty:
+                continue
+            if self._failure is not None:
+                raise self._failure
+            if self._stop.is_set():
+                raise _StoppedError
+            if event is not None:
+                self._received(*event)
+        return True
+
+    def _tick(self, now: float) -> None:
+        self._peak_memory = max(self._peak_memory, self._memory())
+        if self._intake is not None:
+            self._intake.expire(now)
+
+    def _received(self, topic: str, payload: bytes) -> None:
+        if not topic:  # connected, perhaps again
+            self._publish_manifest()
+            return
+        if not payload:  # a retained message was taken back
+            return
+        client = topics.client_of(topic)
+        try:
+            if payload[:1] != b"{":
+                self._take_data(client, payload)
+            else:
+                self._take(client, decode(payload))
+        except ProtocolError as err:
+            self._refused[err.code] += 1
+            log.info("refused from '%s' (%s): %s", client, err.code, err.reason)
+            self._notify("refused", client=client, code=err.code, reason=err.reason)
+
+    def _take_data(self, client: str, payload: bytes) -> None:
+        if self._intake is None:
+            raise ProtocolError("grant", "chunk while no round is open")
+        self._intake.data(client, parse_chunk(self.settings.run, payload), self._clock())
+
+    def _take(self, client: str, message: Message) -> None:
+        if message.run != self.settings.run or getattr(message, "client", None) != client:
+            raise ProtocolError("identity", "a message of another run or in another client's name")
+        if isinstance(message, Hello):
+            self._greeted(message)
+            return
+        if not isinstance(message, Offer | Want | Report):
+            raise ProtocolError("schema", f"{message.kind} is not for the aggregator")
+        self._registry.check_session(client, message.session)
+        if isinstance(message, Want):
+            down = topics.down(self.settings.run, client)
+            self._shelf.answer(message, lambda packet: self._transport.publish(down, packet))
+        elif isinstance(message, Offer):
+            self._offered(message)
+        else:
+            self._reported(message)
+
+    def _greeted(self, hello: Hello) -> None:
+        try:
+            there = self._registry.greeted(hello)
+        except ProtocolError as err:
+            self._send(
+                hello.client,
+                Reject(
+                    run=hello.run,
+                    client=hello.client,
+                    blob=None,
+                    code=err.code,
+                    reason=err.reason[:400],
+                ),
+            )
+            raise
+        self._notify("hello", client=hello.client, online=hello.online)
+        if there and self._finished:
+            self._send_stop(hello.client, self.record.stop_reason or "")
+        elif there and hello.client in self._tasks:
+            self._send(hello.client, self._tasks[hello.client])
+
+    def _offered(self, offer: Offer) -> None:
+        if self._intake is None:
+            raise ProtocolError("round", f"no update of '{offer.client}' is asked for now")
+        self._intake.offered(offer, self._clock())
+
+    def _reported(self, report: Report) -> None:
+        task = self._tasks.get(report.client)
+        if task is None or (task.work, task.round) != (report.phase, report.round):
+            return  # said twice, or of a phase that is over
+        if report.phase == "train" and self._intake is not None:
+            self._intake.reported(report, self._clock())
+            return
+        self._reports[report.client] = report
+        self._notify(
+            "report",
+            client=report.client,
+            round=report.round,
+            eval_loss=report.eval_loss,
+            eval_accuracy=report.eval_accuracy,
+        )
+
+    def _send(self, client: str, message: Message) -> None:
+        self._transport.publish(topics.down(self.settings.run, client), encode(message))
+
+    def _publish_manifest(self) -> None:
+        settings = self.settings
+        manifest = Manifest(
+            run=settings.run,
+            session=self._session,
+            method=settings.method,
+            stage=_STAGE,
+            state=self._shelf.newest,
+            binding=settings.binding,
+            layout=settings.layout.sha256,
+            finished=self._finished,
+        )
+        self._transport.publish(topics.manifest(settings.run), encode(manifest), retain=True)

@@ -1,0 +1,197 @@
+"""The aggregator as a service: its configuration file, and a run that resumes where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+from pydantic import Field
+
+from cloud_aggregator.methods import METHODS, find_method, shared_layout
+from cloud_aggregator.records import DataRecord, ModelRecord, RunRecord
+from cloud_aggregator.rounds import RoundRules
+from cloud_aggregator.run_folder import RunFolder, read_record
+from cloud_aggregator.server import Aggregator
+from cloud_aggregator.settings import RunSettings
+from device_profiles.config_files import Config, choose, load
+from device_profiles.errors import InputError
+from device_profiles.modules import PLACEMENTS
+from messaging.chunks import CHUNK_BYTES
+from messaging.mqtt import MqttNetwork
+from messaging.protocol import Codec, Identifier
+from messaging.transfer import UploadLimits
+from quantization.identity import BaseIdentity, binding, identify
+
+
+class Service(Config):
+    """One deployed run.
+
+    Attributes:
+        run: Its name; a new run takes a new one.
+        broker: ``mqtt://HOST:PORT`` (``mqtts`` for TLS).
+        out: The run's folder; a run that is there goes on.
+        clients: How many devices it waits for.
+        minimum_clients: With how many it begins after ``gather_seconds``.
+        deadline_seconds: Of a training round, on this machine's clock.
+        evaluation_seconds: How long it waits for held-out results.
+        grants: Uploads that may send at once.
+        window: Chunks of one upload in flight; grants * window stays below the broker's queue.
+    """
+
+    run: Identifier
+    broker: str
+    out: Path
+    clients: Annotated[int, Field(ge=1, le=100_000)]
+    minimum_clients: Annotated[int, Field(ge=1, le=100_000)] = 1
+    gather_seconds: Annotated[float, Field(gt=0, le=1e6)] = 120.0
+    method: str = "pwff"
+    model: str = "mini"
+    placement: str = "qkv"
+    adapter_size: Annotated[int, Field(ge=1, le=4096)] = 10
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    local_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 20
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    max_length: Annotated[int, Field(ge=8, le=8192)] = 256
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    codec: Codec = "fp32"
+    chunk_bytes: Annotated[int, Field(ge=1024, le=262_144)] = CHUNK_BYTES
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.8
+    deadline_seconds: Annotated[float, Field(gt=0, le=1e6)] = 3600.0
+    evaluation_seconds: Annotated[float, Field(gt=0, le=1e6)] = 600.0
+    epsilon: Annotated[float, Field(ge=0)] = 0.001
+    patience: Annotated[int, Field(ge=0)] = 5
+    grants: Annotated[int, Field(ge=1, le=1024)] = 16
+    window: Annotated[int, Field(ge=1, le=1024)] = 8
+
+
+def load_service(path: Path) -> Service:
+    """Return the service that a TOML file describes.
+
+    Raises:
+        InputError: Naming file, key, value and remedy.
+    """
+    service = load(Service, path)
+    choose("method", service.method, METHODS)
+    choose("LoRA placement", service.placement, PLACEMENTS)
+    if service.minimum_clients > service.clients:
+        raise InputError(
+            f"{path}: minimum_clients = {service.minimum_clients} is above clients = "
+            f"{service.clients}; give at most that"
+        )
+    return service
+
+
+def serve(
+    service: Service,
+    *,
+    notify: Callable[..., None],
+    on_start: Callable[[Aggregator], None],
+) -> RunRecord:
+    """Run the aggregator until the run is done or stopped; return its record.
+
+    A missing broker is tried again and again, with back-off.
+
+    Raises:
+        InputError: If base, folder or broker address are not usable.
+        SpoolFullError: If the spool's disk is full.
+    """
+    network = MqttNetwork(service.broker)
+    identity = identify(service.model)
+    folder = RunFolder(service.out)
+    record = _record(service, identity, folder)
+    layout = shared_layout(find_method(service.method), identity.shape, service.adapter_size)
+    bound = binding(identity, service.placement)
+    config = service.model_dump(mode="json", exclude_none=True)
+    config["broker"] = str(network.address)  # without its secrets
+    folder.write_config(
+        {
+            "service": config,
+            "hashes": {
+                "base": identity.sha256,
+                "tokenizer": identity.tokenizer_sha256,
+                "binding": bound,
+                "layout": layout.sha256,
+            },
+        }
+    )
+
+    def tell(event: str, **fields: Any) -> None:
+        folder.append_event(event, **fields)
+        notify(event, **fields)
+
+    server = Aggregator(
+        RunSettings(
+            run=service.run,
+            method=service.method,
+            seed=service.seed,
+            base=identity.shape,
+            adapter_size=service.adapter_size,
+            layout=layout,
+            binding=bound,
+            clients=service.clients,
+            minimum_clients=service.minimum_clients,
+            gather_seconds=service.gather_seconds,
+            rounds=service.rounds,
+            local_steps=service.local_steps,
+            batch_size=service.batch_size,
+            learning_rate=service.learning_rate,
+            codec=service.codec,
+            max_length=service.max_length,
+            chunk_bytes=service.chunk_bytes,
+            rules=RoundRules(quorum=service.quorum, deadline_seconds=service.deadline_seconds),
+            virtual_time=False,
+            patience_seconds=service.evaluation_seconds,
+            epsilon=service.epsilon,
+            patience=service.patience,
+            limits=UploadLimits(grants=service.grants, window=service.window),
+        ),
+        record,
+        folder,
+        network,
+        notify=tell,
+        memory=lambda: psutil.Process().memory_info().rss,
+    )
+    on_start(server)
+    return server.run()
+
+
+def _record(service: Service, identity: BaseIdentity, folder: RunFolder) -> RunRecord:
+    if folder.record_path.exists():
+        record = read_record(folder.path)
+        said = (record.run, record.seed, record.method, record.model.sha256)
+        wanted = (service.run, service.seed, service.method, identity.sha256)
+        if said != wanted:
+            raise InputError(
+                f"{folder.path} holds the run '{record.run}' with another seed, method or base; "
+                "give this run another 'out'"
+            )
+        return record
+    return RunRecord(
+        version=version("pwff"),
+        run=service.run,
+        seed=service.seed,
+        method=service.method,
+        stages=["instruction"],
+        engine="deployment",
+        workers=0,
+        transport="mqtt",
+        codec=service.codec,
+        model=model_record(identity),
+        data=DataRecord(source="the clients' own", examples=0),
+    )
+
+
+def model_record(identity: BaseIdentity) -> ModelRecord:
+    """Return the record of a base."""
+    return ModelRecord(
+        name=identity.name,
+        parameters=identity.parameters,
+        layers=identity.shape.layers,
+        width=identity.shape.width,
+        sha256=identity.sha256,
+        tokenizer_sha256=identity.tokenizer_sha256,
+    )

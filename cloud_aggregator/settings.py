@@ -1,0 +1,53 @@
+"""What a run is: the plain values that the aggregator needs, not how devices train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cloud_aggregator.rounds import RoundRules
+from device_profiles.modules import BaseShape
+from messaging.layout import Layout
+from messaging.protocol import Codec
+from messaging.transfer import UploadLimits
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """One run of the instruction stage.
+
+    Attributes:
+        run: Name; part of every topic.
+        layout: The shared tensors: the allow-list.
+        binding: Hash of base, tokenizer and placement that a device must have.
+        clients: How many devices the run waits for before it begins.
+        minimum_clients: With how many it begins once ``gather_seconds`` have passed.
+        virtual_time: Whether arrival is the devices' modelled time (emulation) or this clock's.
+        patience_seconds: In emulation, how long the run waits for its own workers before it fails;
+            in deployment, how long it waits for held-out results.
+        epsilon: Nats by which the held-out loss must improve to count.
+        patience: Rounds without improvement after which training has converged; 0 for never.
+    """
+
+    run: str
+    method: str
+    seed: int
+    base: BaseShape
+    adapter_size: int
+    layout: Layout
+    binding: str
+    clients: int
+    minimum_clients: int
+    gather_seconds: float
+    rounds: int
+    local_steps: int
+    batch_size: int
+    learning_rate: float
+    codec: Codec
+    max_length: int
+    chunk_bytes: int
+    rules: RoundRules
+    virtual_time: bool
+    patience_seconds: float
+    epsilon: float
+    patience: int
+    limits: UploadLimits = field(default_factory=UploadLimits)

@@ -1,0 +1,85 @@
+"""The global states that devices may ask for, by content: the newest, and the one before it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from cloud_aggregator.run_folder import RunFolder, write_atomically
+from device_profiles.errors import InputError
+from messaging.chunks import Missing, chunk_count, make_chunk
+from messaging.codecs import BlobHeader, encode_blob
+from messaging.errors import ProtocolError
+from messaging.layout import Layout, Vector
+from messaging.protocol import StateRef, Want
+
+_KEPT = 2
+_DOWN_WINDOW = 8
+
+
+class Shelf:
+    """Global states as blobs in memory and as named tensors in the run's folder."""
+
+    def __init__(self, run: str, layout: Layout, folder: RunFolder, chunk_bytes: int) -> None:
+        self._run = run
+        self._layout = layout
+        self._folder = folder
+        self._chunk_bytes = chunk_bytes
+        self._blobs: dict[str, tuple[StateRef, bytes]] = {}
+        self.newest: StateRef | None = None
+        self.vector: Vector | None = None
+
+    def put(self, vector: Vector, round_: int) -> StateRef:
+        """Make ``vector`` the newest state, on disk first."""
+        tensors = self._layout.unpack(vector)
+        write_atomically(self._folder.global_path(round_), save(tensors))
+        header = BlobHeader(
+            run=self._run,
+            round=round_,
+            sender="aggregator",
+            codec="fp32",
+            layout=self._layout.sha256,
+            examples=0,
+        )
+        blob = encode_blob(vector, self._layout, header)
+        ref = StateRef(
+            round=round_,
+            blob=hashlib.sha256(blob).hexdigest(),
+            bytes=len(blob),
+            chunk_bytes=self._chunk_bytes,
+            chunks=chunk_count(len(blob), self._chunk_bytes),
+        )
+        self._blobs[ref.blob] = (ref, blob)
+        for old in list(self._blobs)[:-_KEPT]:
+            del self._blobs[old]
+        self.newest, self.vector = ref, vector
+        return ref
+
+    def load(self, round_: int) -> Vector:
+        """Return the state after a round from the run's folder.
+
+        Raises:
+            InputError: If it is missing or damaged.
+        """
+        path = self._folder.global_path(round_)
+        try:
+            return self._layout.pack(load_file(path))
+        except (OSError, SafetensorError, ProtocolError) as err:
+            raise InputError(
+                f"{path} is missing, damaged or of another run's shape; the run cannot go on"
+            ) from err
+
+    def answer(self, want: Want, send: Callable[[bytes], None]) -> None:
+        """Send the first chunks of those that a device lacks.
+
+        Raises:
+            ProtocolError: If the state is not, or no longer, on the shelf.
+        """
+        if want.blob not in self._blobs:
+            raise ProtocolError("state", "a global state that is not on the shelf any longer")
+        ref, blob = self._blobs[want.blob]
+        for index in Missing.from_bitmap(want.missing, ref.chunks).first(_DOWN_WINDOW):
+            send(make_chunk(self._run, ref.blob, blob, index, ref.chunk_bytes))

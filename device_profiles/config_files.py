@@ -1,0 +1,125 @@
+"""TOML files into checked records; every mistake becomes one clear sentence.
+
+Unknown keys are refused by name, with the nearest known key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from device_profiles.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # JetPack 6 has 3.10
+    import tomli as tomllib
+
+
+class Config(BaseModel):
+    """A frozen record read from a file, with no key that it does not name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the known word nearest to ``word``, or nothing."""
+    close = difflib.get_close_matches(word, sorted(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def choose(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return ``name`` if it is known.
+
+    Raises:
+        InputError: Naming the nearest known name and all of them.
+    """
+    names = sorted(known)
+    if name in names:
+        return name
+    hint = nearest(name, names)
+    choice = f"{hint} Choose" if hint else "; choose"
+    raise InputError(f"unknown {kind} '{name}'{choice} one of {', '.join(names)}")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the file's content.
+
+    Raises:
+        InputError: If it is missing or no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise InputError(f"cannot read {path}: {err.strerror or err}") from err
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise InputError(f"{path} is no valid TOML: {err}") from err
+
+
+def check(kind: type[Model], values: Mapping[str, Any], source: str) -> Model:
+    """Return ``values`` as a record of ``kind``.
+
+    Raises:
+        InputError: For the first field that is wrong: source, field, value, bound. An unknown key
+            comes first: a misspelt one is why another is missing.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as err:
+        wrong = err.errors(include_url=False)
+    first = next((e for e in wrong if e["type"] == "extra_forbidden"), wrong[0])
+    place = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(kind, place[:-1])
+        raise InputError(
+            f"{source}: unknown key '{'.'.join(place)}'{nearest(place[-1], known)}"
+            + (f" (known: {', '.join(sorted(known))})" if known else "")
+        )
+    if first["type"] == "missing":
+        raise InputError(f"{source}: '{'.'.join(place)}' is missing; add it")
+    message = first["msg"].removeprefix("Value error, ")
+    if not place:  # several fields of the record contradict each other
+        raise InputError(f"{source}: {message}")
+    raise InputError(f"{source}: {'.'.join(place)} = {first['input']!r:.80}: {message}")
+
+
+def load(kind: type[Model], path: Path) -> Model:
+    """Return the record that the TOML file at ``path`` holds.
+
+    Raises:
+        InputError: See ``read_toml`` and ``check``.
+    """
+    return check(kind, read_toml(path), str(path))
+
+
+def _keys_at(kind: type[BaseModel], place: list[str]) -> list[str]:
+    """Return the keys that ``kind`` knows at ``place``; list positions are stepped over."""
+    current: Any = kind
+    for part in place:
+        if part.isdigit():
+            continue
+        field = current.model_fields.get(part)
+        if field is None:
+            return []
+        current = _model_in(field.annotation)
+        if current is None:
+            return []
+    return [field.alias or name for name, field in current.model_fields.items()]
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _model_in(inner)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,341 @@
+"""The agent: a device's side of the protocol, from HELLO to the stop.
+
+No input or output of its own and no thread: messages, the clock and finished work come in, messages
+to publish and work to do go out through two callables. The work itself is ``local_client``'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+from collections.abc import Callable
+from typing import Protocol
+
+from edge_client.local_client import Result, Setup
+from messaging import topics
+from messaging.chunks import chunk_count, make_chunk, parse_chunk, wire_bytes
+from messaging.codecs import decode_blob, max_blob_bytes
+from messaging.errors import ProtocolError
+from messaging.layout import Vector
+from messaging.protocol import (
+    DeviceRecord,
+    Done,
+    Grant,
+    Have,
+    Hello,
+    Manifest,
+    Message,
+    Offer,
+    Reject,
+    Report,
+    StateRef,
+    Task,
+    Want,
+    decode,
+    encode,
+)
+from messaging.transfer import SILENCE_SECONDS, Download, Upload
+
+log = logging.getLogger(__name__)
+
+_DOWN_WINDOW = 8
+FATAL_REJECTS = frozenset({"base", "layout", "private", "run"})
+
+Publish = Callable[[str, bytes, bool], None]
+
+
+class Performer(Protocol):
+    """Whoever does a device's work."""
+
+    setup: Setup
+    device: DeviceRecord
+
+    def perform(self, task: Task, shared: Vector | None, download_bytes: int) -> Result:
+        """Train or evaluate."""
+
+
+class Agent:
+    """One device in one run.
+
+    Args:
+        local: Does the work.
+        binding: Hash of the device's own base, tokenizer and placement.
+        publish: Sends a payload to a topic (topic, payload, retain).
+        start_work: Runs a function elsewhere; its result comes back through ``worked``.
+    """
+
+    def __init__(
+        self,
+        local: Performer,
+        *,
+        binding: str,
+        publish: Publish,
+        start_work: Callable[[Callable[[], Result]], None],
+    ) -> None:
+        self.local = local
+        self.id = local.device.id
+        self.run = local.setup.run
+        self.session = secrets.token_hex(8)
+        self.finished = False
+        self.failure: str | None = None
+        self._binding = binding
+        self._most_state_bytes = max_blob_bytes(local.setup.layout, "fp32")
+        self._seen_aggregator = ""
+        self._publish = publish
+        self._start_work = start_work
+        self._task: Task | None = None
+        self._working = False
+        self._shared: tuple[str, Vector] | None = None
+        self._downloaded = 0
+        self._download: Download | None = None
+        self._upload: Upload | None = None
+        self._result: Result | None = None  # kept until another task comes: it may be asked again
+
+    @property
+    def filters(self) -> list[str]:
+        """What the device subscribes to."""
+        return [topics.down(self.run, self.id), topics.manifest(self.run)]
+
+    def hello(self, *, online: bool = True) -> bytes:
+        """Return the retained message that says that the device is there, or that it left."""
+        return encode(
+            Hello(
+                run=self.run,
+                client=self.id,
+                session=self.session,
+                online=online,
+                binding=self._binding,
+                layout=self.local.setup.layout.sha256,
+                device=self.local.device if online else None,
+            )
+        )
+
+    def connected(self) -> None:
+        """Say that the device is there; called on every connection."""
+        if not self.finished:
+            self._publish(topics.state(self.run, self.id), self.hello(), True)
+
+    def received(self, payload: bytes, now: float) -> None:
+        """Take one message or chunk; whatever is malformed is logged and left."""
+        if self.finished:
+            return
+        if not payload:
+            return  # a retained message was cleared
+        try:
+            if payload[:1] != b"{":
+                self._data(payload, now)
+                return
+            message = decode(payload)
+            self._take(message, now)
+        except ProtocolError as err:
+            log.warning("%s: refused a message (%s): %s", self.id, err.code, err.reason)
+
+    def _take(self, message: Message, now: float) -> None:
+        if message.run != self.run or getattr(message, "client", self.id) != self.id:
+            raise ProtocolError("run", "message of another run or for another client")
+        upload = self._upload
+        if isinstance(message, Task):
+            self._tasked(message, now)
+        elif isinstance(message, Manifest):
+            self._check_manifest(message)
+        elif isinstance(message, Reject):
+            self._rejected(message)
+        elif upload is None or getattr(message, "blob", None) != upload.offer.blob:
+            return  # a late word about an upload that is over
+        elif isinstance(message, Grant):
+            self._send_chunks(upload, upload.granted(message, now))
+        elif isinstance(message, Have):
+            self._send_chunks(upload, upload.acknowledged(message, now))
+        elif isinstance(message, Done):
+            self._upload = None
+            if message.status == "late":
+                log.info("%s: update came late and is left out", self.id)
+
+    def _check_manifest(self, manifest: Manifest) -> None:
+        if manifest.binding != self._binding:
+            self._fail(
+                "the run is built on another base, tokenizer or LoRA placement than this device; "
+                "give this device the run's model and placement"
+            )
+        elif manifest.layout != self.local.setup.layout.sha256:
+            self._fail(
+                "the run shares other tensors than this device; compare the method's settings"
+            )
+        elif manifest.finished:  # with a task at hand, this device was away when it was told
+            log.info("%s: the run '%s' is over; a new run takes a new name", self.id, self.run)
+            self.finished = True
+        elif manifest.session != self._seen_aggregator:
+            self._seen_aggregator = manifest.session
+            self.connected()
+
+    def _fail(self, reason: str) -> None:
+        self.failure = reason
+        self.finished = True
+
+    def _rejected(self, reject: Reject) -> None:
+        log.error("%s: refused by the aggregator (%s): %s", self.id, reject.code, reject.reason)
+        if self._upload is not None and reject.blob == self._upload.offer.blob:
+            self._upload = self._result = None
+        if reject.code in FATAL_REJECTS:
+            self._fail(reject.reason)
+
+    def _tasked(self, task: Task, now: float) -> None:
+        if task.work == "stop":
+            log.info("%s: the run is over: %s", self.id, task.reason)
+            self.finished = True
+            return
+        if self._task is not None and _same(self._task, task):
+            self._answer(now)  # what came of it was perhaps lost, here or at the aggregator
+            return
+        if task.state is not None and task.state.bytes > self._most_state_bytes:
+            raise ProtocolError("size", f"a global state of {task.state.bytes} bytes is too large")
+        self._task = task
+        self._result = self._upload = None
+        if not self._working:
+            self._begin(now)
+
+    def _begin(self, now: float) -> None:
+        task = self._task
+        if task is None:
+            return
+        if task.state is not None and (self._shared is None or self._shared[0] != task.state.blob):
+            if self._download is None or self._download.ref != task.state:
+                self._download = Download(task.state, now - SILENCE_SECONDS)
+            self._ask(now)
+            return
+        self._download = None
+        shared = self._shared[1] if task.state is not None and self._shared else None
+        downloaded, self._downloaded = self._downloaded, 0
+        self._working = True
+        self._start_work(lambda: self.local.perform(task, shared, downloaded))
+
+    def _ask(self, now: float) -> None:
+        download = self._download
+        if download is None or not (wanted := download.wanted(_DOWN_WINDOW, now)):
+            return
+        bits = sum(1 << i for i in wanted).to_bytes((download.ref.chunks + 7) // 8, "little")
+        self._send(
+            Want(
+                run=self.run,
+                client=self.id,
+                session=self.session,
+                blob=download.ref.blob,
+                missing=bits.hex(),
+            )
+        )
+
+    def _data(self, packet: bytes, now: float) -> None:
+        chunk = parse_chunk(self.run, packet)
+        download = self._download
+        if download is None or chunk.blob != download.ref.blob:
+            return  # a chunk that came twice
+        download.arrived(chunk, now)
+        if download.missing:
+            self._ask(now)
+            return
+        self._install(download.ref, download.finish(), now)
+
+    def _install(self, ref: StateRef, blob: bytes, now: float) -> None:
+        try:
+            header, vector = decode_blob(blob, self.local.setup.layout)
+        except ProtocolError as err:  # its hash is right: to ask again would be of no use
+            self._fail(f"the global state of round {ref.round} cannot be used: {err.reason}")
+            return
+        if header.run != self.run or header.round != ref.round:
+            self._fail(
+                f"the global state of round {ref.round} says that it is of round {header.round} "
+                f"of the run '{header.run}'"
+            )
+            return
+        self._shared = (ref.blob, vector)
+        self._downloaded += wire_bytes(ref.bytes, ref.chunk_bytes)
+        self._download = None
+        if not self._working:
+            self._begin(now)
+
+    def worked(self, task: Task, result: Result, now: float) -> None:
+        """Take the result of a finished task: upload its update, or report its figures."""
+        self._working = False
+        if self.finished:
+            return
+        if self._task is None or not _same(task, self._task):
+            self._begin(now)  # another task came in the meantime
+            return
+        self._result = result
+        self._answer(now)
+
+    def _answer(self, now: float) -> None:
+        """Say what came of the task at hand, if it is done; called again, say it again."""
+        task, result = self._task, self._result
+        if task is None or result is None:
+            return
+        if self._upload is not None:
+            self._send(self._upload.offer)
+        elif result.blob is not None:
+            self._offer(task, result, result.blob, now)
+        else:
+            self._send(self._report(task, result))
+
+    def _report(self, task: Task, result: Result) -> Report:
+        return Report(
+            run=self.run,
+            client=self.id,
+            session=self.session,
+            round=task.round,
+            phase="evaluate" if task.work == "evaluate" else "train",
+            examples=result.examples,
+            train_loss=result.train_loss,
+            eval_loss=result.eval_loss,
+            eval_accuracy=result.eval_accuracy,
+            costs=result.costs,
+        )
+
+    @property
+    def task(self) -> Task | None:
+        """The task at hand."""
+        return self._task
+
+    def _offer(self, task: Task, result: Result, blob: bytes, now: float) -> None:
+        setup = self.local.setup
+        offer = Offer(
+            run=self.run,
+            client=self.id,
+            session=self.session,
+            round=task.round,
+            blob=hashlib.sha256(blob).hexdigest(),
+            bytes=len(blob),
+            chunk_bytes=setup.chunk_bytes,
+            chunks=chunk_count(len(blob), setup.chunk_bytes),
+            binding=self._binding,
+            layout=setup.layout.sha256,
+            codec=task.codec,
+            costs=result.costs,
+        )
+        self._upload = Upload(blob, offer, now)
+        self._send(offer)
+
+    def tick(self, now: float) -> None:
+        """Say again what was perhaps not heard; called about once a second."""
+        if self.finished:
+            return
+        if self._upload is not None and self._upload.must_offer_again(now):
+            self._send(self._upload.offer)
+        if self._download is not None:
+            self._ask(now)
+
+    def _send(self, message: Message) -> None:
+        self._publish(topics.control(self.run, self.id), encode(message), False)
+
+    def _send_chunks(self, upload: Upload, indices: list[int]) -> None:
+        offer = upload.offer
+        topic = topics.data(self.run, self.id, offer.blob)
+        for index in indices:
+            packet = make_chunk(self.run, offer.blob, upload.blob, index, offer.chunk_bytes)
+            self._publish(topic, packet, False)
+
+
+def _same(one: Task, other: Task) -> bool:
+    return (one.work, one.round, one.stage, one.state) == (
+        other.work, other.round, other.stage, other.state,
+    )  # fmt: skip

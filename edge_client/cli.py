@@ -1,0 +1,60 @@
+"""The commands of the device side: ``client``, ``doctor`` and ``pretrain``."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edge_client.doctor import doctor
+from edge_client.pretrain_command import pretrain
+
+if TYPE_CHECKING:
+    from edge_client.host import Host
+
+__all__ = ["client", "doctor", "pretrain"]
+
+
+class _GaveUpError(Exception):
+    """The device was refused, or refused the run."""
+
+    exit_code = 1
+
+
+@click.command()
+@click.option(
+    "--config", "path", required=True, type=click.Path(path_type=Path), help="A TOML file."
+)
+@click.option("-v", "--verbose", is_flag=True, help="The whole log.")
+def client(path: Path, verbose: bool) -> int:
+    """Take part in a run with this device's own data, until the run is over.
+
+    The device keeps its LoRA modules, its text and its optimiser in the configured folder; the
+    adapters alone are uploaded. Ctrl-C leaves in good order; started again, it goes on.
+    """
+    from edge_client.service import load_client, take_part
+
+    level = logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
+    stopped = threading.Event()
+    configured = load_client(path)
+
+    def on_start(host: Host) -> None:
+        def stop(_signal: int, _frame: object) -> None:
+            stopped.set()
+            host.stop()
+
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+
+    failures = take_part(configured, on_start)
+    if failures:
+        raise _GaveUpError("; ".join(failures))
+    if stopped.is_set():
+        click.echo("interrupted; started again, the device goes on", err=True)
+        return 130
+    return 0

@@ -1,0 +1,261 @@
+"""One client's work: from a round task to an update, on a tuned model that it may share.
+
+A client is its data, its device and its state on disk; the model is lent to it for one piece of
+work at a time. Only what the layout allows is packed into an update.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from device_profiles.channel import Link
+from device_profiles.energy import (
+    compute_cost,
+    downlink_seconds,
+    training_flops_per_token,
+    uplink_cost,
+)
+from device_profiles.errors import InputError
+from device_profiles.modules import first_lora_sites, initial_adapters, initial_lora
+from device_profiles.profile import Profile
+from device_profiles.seeds import stream
+from edge_client.data.instructions import Example
+from edge_client.data.prompts import Encoded, encode_example
+from edge_client.peft.tuned_model import TunedModel
+from edge_client.state import ClientState, StateStore, settled
+from edge_client.trainer import Training, evaluate, train
+from messaging.chunks import wire_bytes
+from messaging.codecs import BlobHeader, encode_blob, quantise_with_feedback
+from messaging.layout import Layout, Vector
+from messaging.protocol import Costs, DeviceRecord, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came of a task: figures, and an update where the method shares something."""
+
+    costs: Costs
+    examples: int
+    blob: bytes | None = None
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    eval_accuracy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What every client of a run has in common."""
+
+    run: str
+    layout: Layout
+    placement: str
+    adapter_size: int
+    lora_rank: int
+    chunk_bytes: int
+
+
+class LocalClient:
+    """One client.
+
+    Args:
+        device: What it says of itself.
+        profile: What it is, for the model of compute time and energy.
+        link: Its uplink.
+        train_examples: Its own data, to learn from.
+        held_out: Its own data, to measure on.
+        folder: Where its state is kept.
+        clock: Seconds, for the compute time of a real client.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        model: TunedModel,
+        *,
+        device: DeviceRecord,
+        profile: Profile,
+        link: Link,
+        train_examples: list[Example],
+        held_out: list[Example],
+        folder: Path,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.setup = setup
+        self.device = device
+        self._model = model
+        self._profile = profile
+        self._link = link
+        self._train_examples = train_examples
+        self._held_out = held_out
+        self._store = StateStore(folder)
+        self._clock = clock
+        self._encoded: dict[tuple[str, int], list[Encoded]] = {}
+
+    def perform(self, task: Task, shared: Vector | None, download_bytes: int) -> Result:
+        """Do what a task asks and return what came of it.
+
+        Args:
+            task: Train or evaluate.
+            shared: The global state, packed. Shape (layout size,). None where nothing is shared.
+            download_bytes: What it took to get it, counted in the costs.
+
+        Raises:
+            InputError: If the state on disk is damaged or of other modules, or training diverges.
+        """
+        if task.work == "evaluate":
+            return self._evaluate(task, shared, download_bytes)
+        return self._train(task, shared, download_bytes)
+
+    def _state_before(self, task: Task) -> ClientState:
+        state = self._store.newest(before=task.round)
+        if state is not None:
+            return settled(state, task.outcome)
+        return self._initial(task.seed)
+
+    def _initial(self, seed: int) -> ClientState:
+        shape = self._model.base.identity.shape
+        personal = {}
+        if self.device.lora_count:
+            sites = first_lora_sites(shape, self.setup.placement, self.device.lora_count)
+            personal = initial_lora(sites, self.setup.lora_rank, seed)
+        if self.device.adapter_count and not self.setup.layout.specs:
+            personal |= initial_adapters(shape, self.setup.adapter_size, seed)
+        return ClientState(round=0, personal=personal)
+
+    def _install(self, state: ClientState, shared: Vector | None) -> None:
+        """Put every tensor that trains on the model: what another client left there is gone."""
+        self._model.activate(self.device.lora_count)
+        tensors = state.personal | (self.setup.layout.unpack(shared) if shared is not None else {})
+        wanted = {n: tuple(p.shape) for n, p in self._model.trainable().items()}
+        if {n: t.shape for n, t in tensors.items()} != wanted:
+            raise InputError(
+                f"the state of '{self.device.id}' in {self._store.folder} is of other LoRA modules "
+                f"than lora_count = {self.device.lora_count} of rank {self.setup.lora_rank}; give "
+                "the device the settings it began with, or another folder to begin anew"
+            )
+        self._model.put(tensors)
+
+    def _examples(self, part: str, max_length: int) -> list[Encoded]:
+        key = (part, min(max_length, self._model.base.identity.positions))
+        if key not in self._encoded:
+            tokenizer: Any = self._model.base.tokenizer
+            chosen = self._train_examples if part == "train" else self._held_out
+            self._encoded[key] = [encode_example(e, tokenizer, key[1]) for e in chosen]
+        return self._encoded[key]
+
+    def _evaluate(self, task: Task, shared: Vector | None, download_bytes: int) -> Result:
+        state = self._store.newest(before=task.round + 1)
+        if state is None:
+            state = self._initial(task.seed)
+        elif state.round == task.round and state.pending is not None:
+            state = settled(state, task.outcome)
+            self._store.save(state)
+        self._install(state, shared)
+        held_out = self._examples("held_out", task.max_length)
+        result = evaluate(self._model, held_out)
+        return Result(
+            costs=self._costs(download_bytes=download_bytes),
+            examples=len(held_out),
+            eval_loss=result.loss,
+            eval_accuracy=result.accuracy,
+        )
+
+    def _train(self, task: Task, shared: Vector | None, download_bytes: int) -> Result:
+        started = self._clock()
+        before = self._state_before(task)
+        self._install(before, shared)
+        examples = self._examples("train", task.max_length)
+        done = train(
+            self._model,
+            before,
+            examples,
+            steps=task.local_steps,
+            batch_size=task.batch_size,
+            learning_rate=task.learning_rate,
+            seed=task.seed,
+            words=(self.device.id, task.round),
+        )
+        shared_names = self.setup.layout.names
+        state = replace(
+            before,
+            round=task.round,
+            personal={n: t for n, t in done.tensors.items() if n not in shared_names},
+            first_moments=done.first_moments,
+            second_moments=done.second_moments,
+            steps=done.steps,
+        )
+        blob = None
+        if shared is not None:
+            state, blob = self._pack(task, state, done, shared)
+        self._store.save(state)
+        return Result(
+            costs=self._costs(
+                download_bytes=download_bytes,
+                training=(done, self._clock() - started),
+                upload=(task, wire_bytes(len(blob), self.setup.chunk_bytes)) if blob else None,
+            ),
+            examples=len(examples),
+            blob=blob,
+            train_loss=done.loss,
+        )
+
+    def _pack(
+        self, task: Task, state: ClientState, done: Training, shared: Vector
+    ) -> tuple[ClientState, bytes]:
+        """Return the state with its pending residual, and the update as bytes."""
+        layout = self.setup.layout
+        after = layout.pack({n: t for n, t in done.tensors.items() if n in layout.names})
+        difference, residual = quantise_with_feedback(
+            after - shared, state.residual, layout, task.codec
+        )
+        header = BlobHeader(
+            run=self.setup.run,
+            round=task.round,
+            sender=self.device.id,
+            codec=task.codec,
+            layout=layout.sha256,
+            examples=len(self._train_examples),
+            train_loss=done.loss,
+        )
+        lossless = task.codec == "fp32" and state.residual is None
+        pending = None if lossless else residual
+        return replace(state, pending=pending), encode_blob(difference, layout, header)
+
+    def _costs(
+        self,
+        *,
+        download_bytes: int,
+        training: tuple[Training, float] | None = None,
+        upload: tuple[Task, int] | None = None,
+    ) -> Costs:
+        seconds = joules = up_seconds = up_joules = 0.0
+        if training is not None:
+            done, measured = training
+            identity = self._model.base.identity
+            flops = done.tokens * training_flops_per_token(
+                identity.parameters,
+                self.device.trainable_parameters,
+                identity.shape,
+                done.tokens // done.rows,
+            )
+            modelled = compute_cost(flops, self._profile.compute)
+            seconds, joules = modelled.seconds, modelled.joules
+            if self.device.costs == "measured":
+                seconds, joules = measured, measured * self._profile.compute.watts
+        if upload is not None:
+            task, size = upload
+            draw = stream(task.seed, "channel", task.round, self.device.id)
+            sent = uplink_cost(8 * size, self._link, draw)
+            up_seconds, up_joules = sent.seconds, sent.joules
+        return Costs(
+            download_bytes=download_bytes,
+            downlink_seconds=downlink_seconds(8 * download_bytes, self._link),
+            compute_seconds=seconds,
+            compute_joules=joules,
+            uplink_seconds=up_seconds,
+            uplink_joules=up_joules,
+        )

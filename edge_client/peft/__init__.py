@@ -1,0 +1,1 @@
+"""Small trainable modules on a frozen base: global bottleneck adapters and personal LoRA."""

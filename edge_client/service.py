@@ -1,0 +1,185 @@
+"""The client as a service: its configuration file, and a device that takes part until the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from device_profiles.channel import PAPER_LINK, profile_link
+from device_profiles.config_files import Config, load
+from device_profiles.fleet import check_lora_count
+from device_profiles.modules import (
+    adapter_sites,
+    adapter_tensors,
+    first_lora_sites,
+    lora_rank,
+    lora_sites,
+    lora_tensors,
+)
+from device_profiles.profile import find_profile
+from edge_client.data.instructions import load_instructions
+from edge_client.data.partition import partition
+from edge_client.host import Host
+from edge_client.local_client import LocalClient, Setup
+from edge_client.peft.tuned_model import TunedModel
+from messaging.chunks import CHUNK_BYTES
+from messaging.layout import Layout, TensorSpec
+from messaging.mqtt import MqttNetwork
+from messaging.protocol import Channel, DeviceRecord, Identifier, Preference
+from quantization.base_model import load_base, set_threads
+from quantization.identity import BaseIdentity, binding, identify
+
+log = logging.getLogger(__name__)
+
+
+class Client(Config):
+    """One real device.
+
+    Attributes:
+        run: The run's name, as its aggregator has it.
+        client: The device's own name.
+        broker: ``mqtt://[user:password@]HOST:PORT`` (``mqtts`` for TLS).
+        folder: Where the device keeps what never leaves it, in a folder for each run.
+        profile: What the device is: a name of the catalog or a TOML file.
+        lora_count: 12 to 36, instead of the profile's.
+        share: What the run shares: ``adapters`` (pwff) or ``nothing`` (local-only).
+        held_out_share: Of the device's examples, where the data does not say itself.
+        helpfulness: The user's preference; harmlessness has the rest.
+        threads: Processor threads.
+    """
+
+    run: Identifier
+    client: Identifier
+    broker: str
+    folder: Path
+    profile: str
+    data: str
+    model: str = "mini"
+    precision: Literal["auto", "fp32"] = "auto"
+    share: Literal["adapters", "nothing"] = "adapters"
+    placement: str = "qkv"
+    adapter_size: Annotated[int, Field(ge=1, le=4096)] = 10
+    lora_count: int | None = None
+    lora_rank: int | None = None
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    helpfulness: Annotated[float, Field(ge=0, le=1)] = 0.5
+    channel: Literal["paper", "profile"] = "profile"
+    chunk_bytes: Annotated[int, Field(ge=1024, le=262_144)] = CHUNK_BYTES
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+
+
+def load_client(path: Path) -> Client:
+    """Return the client that a TOML file describes.
+
+    Raises:
+        InputError: Naming file, key, value and remedy.
+    """
+    client = load(Client, path)
+    if client.lora_count is not None:
+        check_lora_count(client.lora_count, f"{path}: lora_count")
+    return client
+
+
+def take_part(client: Client, on_start: Callable[[Host], None]) -> list[str]:
+    """Take part in a run until it is over or the host is stopped; return what made it give up.
+
+    A missing broker is tried again and again, with back-off.
+
+    Raises:
+        InputError: If base, data, profile or modules are not usable.
+        HubUnavailableError: If base or data are on a hub that does not answer.
+    """
+    set_threads(client.threads)
+    network = MqttNetwork(client.broker)
+    identity = identify(client.model)
+    local = _local_client(client, identity)
+    host = Host(network, [local], binding=binding(identity, client.placement))
+    on_start(host)
+    log.info("%s: waiting for the run '%s' at %s", client.client, client.run, network.address)
+    host.run()
+    return host.failures
+
+
+def _local_client(client: Client, identity: BaseIdentity) -> LocalClient:
+    shape = identity.shape
+    profile = find_profile(client.profile)
+    rank, rule = lora_rank(shape, client.lora_rank)
+    count = client.lora_count or min(profile.lora_count, len(lora_sites(shape, client.placement)))
+    sites = first_lora_sites(shape, client.placement, count)
+    tensors = adapter_tensors(shape, client.adapter_size)
+    layout = Layout(
+        tuple(TensorSpec(name=t.name, shape=t.shape, scale_axis=t.bottleneck_axis) for t in tensors)
+        if client.share == "adapters"
+        else ()
+    )
+    dataset = load_instructions(client.data)
+    for line, reason in dataset.broken:
+        log.warning("data: line %d left out: %s", line, reason)
+    (part,) = partition(
+        dataset.examples,
+        clients=1,
+        kind="iid",
+        alpha=1.0,
+        skew=0.0,
+        held_out_share=client.held_out_share,
+        seed=client.seed,
+    )
+    link = PAPER_LINK if client.channel == "paper" else profile_link(profile.radio)
+    device = DeviceRecord(
+        id=client.client,
+        profile=profile.name,
+        lora_count=count,
+        lora_rank=rank,
+        lora_rank_rule="given" if rule == "given" else "proportional",
+        adapter_count=len(adapter_sites(shape)),
+        adapter_size=client.adapter_size,
+        placement=client.placement,
+        precision="fp32",
+        threads=client.threads,
+        base_bytes=identity.base_bytes,
+        examples=len(part.train),
+        held_out_examples=len(part.held_out),
+        categories=part.groups,
+        trainable_parameters=sum(t.size for t in [*tensors, *lora_tensors(sites, rank)]),
+        shared_parameters=layout.size,
+        preference=Preference(
+            helpfulness=client.helpfulness, harmlessness=round(1 - client.helpfulness, 6)
+        ),
+        channel=Channel(
+            snr_db=link.snr_db,
+            bandwidth_hz=link.bandwidth_hz,
+            transmit_watts=link.transmit_watts,
+            fading=link.fading,
+            coherence_seconds=link.coherence_seconds,
+        ),
+        costs="measured",
+    )
+    model = TunedModel(
+        load_base(identity),
+        adapter_size=client.adapter_size,
+        placement=client.placement,
+        lora_count=count,
+        lora_rank=rank,
+    )
+    return LocalClient(
+        Setup(
+            run=client.run,
+            layout=layout,
+            placement=client.placement,
+            adapter_size=client.adapter_size,
+            lora_rank=rank,
+            chunk_bytes=client.chunk_bytes,
+        ),
+        model,
+        device=device,
+        profile=profile,
+        link=link,
+        train_examples=[dataset.examples[i] for i in part.train],
+        held_out=[dataset.examples[i] for i in part.held_out],
+        folder=client.folder.expanduser() / client.run,
+    )

@@ -1,0 +1,135 @@
+"""What a device keeps between rounds, on its own disk: the part that never leaves it.
+
+LoRA (and adapters, where the method shares none), optimiser moments, and the error that lossy
+uploads left behind. One safetensors file a round, written atomically; the two newest are kept, so
+that a round that is asked for again starts from the state before it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from device_profiles.errors import InputError
+from messaging.layout import Tensors, Vector
+from messaging.protocol import Outcome
+
+_KEPT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientState:
+    """A device's own state after ``round``.
+
+    Attributes:
+        round: Last round that the device trained.
+        personal: Tensors that never leave the device.
+        first_moments: Adam's, by tensor name; also of shared tensors.
+        second_moments: Likewise.
+        steps: Optimiser steps taken so far.
+        residual: What lossy uploads left out so far, packed. Shape (layout size,) or none.
+        pending: The residual to use instead once the update of ``round`` was aggregated.
+    """
+
+    round: int
+    personal: Tensors
+    first_moments: Tensors = field(default_factory=dict)
+    second_moments: Tensors = field(default_factory=dict)
+    steps: int = 0
+    residual: Vector | None = None
+    pending: Vector | None = None
+
+
+def settled(state: ClientState, outcome: Outcome) -> ClientState:
+    """Return the state once it is known what became of its last update.
+
+    The new residual counts only if the update was aggregated; otherwise the old one stays.
+    """
+    if state.pending is None:
+        return state
+    residual = state.pending if outcome == "aggregated" else state.residual
+    return replace(state, residual=residual, pending=None)
+
+
+class StateStore:
+    """One device's states in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _path(self, round_: int) -> Path:
+        return self.folder / f"state-{round_:06d}.safetensors"
+
+    def rounds(self) -> list[int]:
+        """Return the rounds of which a state is kept, oldest first."""
+        words = [p.stem.removeprefix("state-") for p in self.folder.glob("state-*.safetensors")]
+        return sorted(int(word) for word in words if word.isdecimal())
+
+    def newest(self, *, before: int) -> ClientState | None:
+        """Return the newest state of a round below ``before``, or none."""
+        rounds = [r for r in self.rounds() if r < before]
+        return self.load(rounds[-1]) if rounds else None
+
+    def load(self, round_: int) -> ClientState:
+        """Return the state after a round.
+
+        Raises:
+            InputError: If the file is damaged.
+        """
+        path = self._path(round_)
+        groups: dict[str, Tensors] = {"personal": {}, "m": {}, "v": {}, "vector": {}}
+        try:
+            with safe_open(path, "np") as file:
+                meta = json.loads(file.metadata()["pwff"])
+                for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    group, _, name = key.partition("/")
+                    groups[group][name] = file.get_tensor(key)
+            return ClientState(
+                round=meta["round"],
+                personal=groups["personal"],
+                first_moments=groups["m"],
+                second_moments=groups["v"],
+                steps=meta["steps"],
+                residual=groups["vector"].get("residual"),
+                pending=groups["vector"].get("pending"),
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as err:
+            raise InputError(
+                f"{path} is damaged; remove it to go on from the round before"
+            ) from err
+
+    def save(self, state: ClientState) -> None:
+        """Write a state atomically; keep it and the one before, drop all others.
+
+        A state of a later round is of a course that is being done again from here.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        arrays = {f"personal/{n}": t for n, t in state.personal.items()}
+        arrays |= {f"m/{n}": t for n, t in state.first_moments.items()}
+        arrays |= {f"v/{n}": t for n, t in state.second_moments.items()}
+        for name in ("residual", "pending"):
+            vector = getattr(state, name)
+            if vector is not None:
+                arrays[f"vector/{name}"] = vector
+        meta = {"pwff": json.dumps({"round": state.round, "steps": state.steps})}
+        handle, name = tempfile.mkstemp(prefix=".state.", dir=self.folder)
+        os.close(handle)
+        new = Path(name)
+        try:
+            save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, new, metadata=meta)
+            with new.open("rb") as file:
+                os.fsync(file.fileno())
+            new.replace(self._path(state.round))
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+        kept = [r for r in self.rounds() if r <= state.round][-_KEPT:]
+        for other in set(self.rounds()) - set(kept):
+            self._path(other).unlink()

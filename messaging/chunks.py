@@ -1,0 +1,142 @@
+"""Binary DATA: one blob in numbered pieces, each with a fixed header of 64 bytes.
+
+    magic 4s | version B | reserved 3x | run 8s | blob 32s | index I | count I | length I | crc32 I
+
+Big-endian. ``run`` is the first eight bytes of the SHA-256 of the run's name; ``crc32`` covers the
+bytes of the piece. A piece's place in the blob is ``index * (chunk_bytes - 64)``, so order does not
+matter and a duplicate changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from dataclasses import dataclass
+
+from messaging.errors import ProtocolError
+
+MAGIC = b"PWFF"
+VERSION = 1
+HEADER = struct.Struct(">4sB3x8s32sIIII")
+HEADER_BYTES = HEADER.size  # 64
+CHUNK_BYTES = 122_880  # header included; AWS IoT Core takes 128 KB
+SMALL_CHUNK_BYTES = 61_440  # for brokers that take 64 KB
+MAX_CHUNKS = 32_768
+
+_BITS = [[bit for bit in range(8) if octet >> bit & 1] for octet in range(256)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """One verified piece of a blob."""
+
+    blob: str
+    index: int
+    count: int
+    payload: bytes
+
+
+def run_tag(run: str) -> bytes:
+    """Return the eight bytes that stand for a run in every header."""
+    return hashlib.sha256(run.encode()).digest()[:8]
+
+
+def chunk_count(blob_bytes: int, chunk_bytes: int) -> int:
+    """Return how many pieces a blob of ``blob_bytes`` (>= 1) makes."""
+    return -(-blob_bytes // (chunk_bytes - HEADER_BYTES))
+
+
+def wire_bytes(blob_bytes: int, chunk_bytes: int) -> int:
+    """Return the canonical application bytes of one transmission: headers and payload."""
+    return blob_bytes + HEADER_BYTES * chunk_count(blob_bytes, chunk_bytes)
+
+
+def make_chunk(run: str, blob_hash: str, blob: bytes, index: int, chunk_bytes: int) -> bytes:
+    """Return piece ``index`` of ``blob`` with its header."""
+    size = chunk_bytes - HEADER_BYTES
+    piece = blob[index * size : (index + 1) * size]
+    return (
+        HEADER.pack(
+            MAGIC,
+            VERSION,
+            run_tag(run),
+            bytes.fromhex(blob_hash),
+            index,
+            chunk_count(len(blob), chunk_bytes),
+            len(piece),
+            zlib.crc32(piece),
+        )
+        + piece
+    )
+
+
+def parse_chunk(run: str, packet: bytes) -> Chunk:
+    """Return the verified piece that ``packet`` holds.
+
+    Raises:
+        ProtocolError: Where the packet is truncated, oversize, of another run or corrupted.
+    """
+    if len(packet) < HEADER_BYTES:
+        raise ProtocolError(
+            "chunk", f"chunk of {len(packet)} bytes; the header alone has {HEADER_BYTES}"
+        )
+    magic, version, tag, blob, index, count, length, crc = HEADER.unpack_from(packet)
+    if magic != MAGIC or version != VERSION:
+        raise ProtocolError("chunk", f"not a version-{VERSION} chunk")
+    if tag != run_tag(run):
+        raise ProtocolError("run", "chunk of another run")
+    if not 1 <= count <= MAX_CHUNKS or index >= count:
+        raise ProtocolError("chunk", f"chunk {index} of {count}; at most {MAX_CHUNKS} chunks")
+    payload = packet[HEADER_BYTES:]
+    if len(payload) != length:
+        raise ProtocolError("chunk", f"chunk says {length} bytes and carries {len(payload)}")
+    if zlib.crc32(payload) != crc:
+        raise ProtocolError("chunk", f"chunk {index} is corrupted (CRC-32)")
+    return Chunk(blob=blob.hex(), index=index, count=count, payload=payload)
+
+
+class Missing:
+    """Which pieces of a blob have not arrived; a set that travels as a hexadecimal bitmap."""
+
+    def __init__(self, count: int, indices: set[int] | None = None) -> None:
+        self.count = count
+        self.indices = set(range(count)) if indices is None else indices
+
+    @classmethod
+    def from_bitmap(cls, bitmap: str, count: int) -> Missing:
+        """Return the set that ``bitmap`` names.
+
+        Raises:
+            ProtocolError: If it is not hexadecimal, or names a piece that the blob does not have.
+        """
+        try:
+            octets = bytes.fromhex(bitmap)
+        except ValueError as err:
+            raise ProtocolError("bitmap", "bitmap is not hexadecimal") from err
+        indices = {8 * at + bit for at, octet in enumerate(octets) for bit in _BITS[octet]}
+        last = max(indices, default=-1)
+        if last >= count:
+            raise ProtocolError("bitmap", f"bitmap names chunk {last} of {count}")
+        return cls(count, indices)
+
+    def bitmap(self) -> str:
+        """Return the set as a bitmap, least significant bit first."""
+        octets = bytearray((self.count + 7) // 8)
+        for index in self.indices:
+            octets[index // 8] |= 1 << index % 8
+        return octets.hex()
+
+    def first(self, number: int) -> list[int]:
+        """Return the ``number`` lowest missing pieces."""
+        return sorted(self.indices)[:number]
+
+    def arrived(self, index: int) -> bool:
+        """Strike piece ``index`` off; return whether it was missing."""
+        if index not in self.indices:
+            return False
+        self.indices.remove(index)
+        return True
+
+    def __len__(self) -> int:
+        return len(self.indices)

@@ -1,0 +1,202 @@
+"""How a packed vector becomes bytes: fp32, fp16, and int8 with scales along the bottleneck axis.
+
+An encoded vector is a set of named arrays (``packed``, and ``scales`` where the codec has them)
+inside a safetensors file whose metadata holds one JSON header. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from messaging.errors import ProtocolError
+from messaging.layout import Layout, TensorSpec, Vector
+from messaging.protocol import Codec, Count, Identifier, Loss, Record, Round, Sha256
+
+Arrays = dict[str, npt.NDArray[np.generic]]
+
+_MAX_HEADER_BYTES = 16_384
+
+
+class BlobHeader(Record):
+    """What a blob says of itself, inside the hash that names it."""
+
+    run: Identifier
+    round: Round
+    sender: Identifier
+    codec: Codec
+    layout: Sha256
+    examples: Count
+    train_loss: Loss | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecRow:
+    """One row of the codec table: two functions and what they make."""
+
+    encode: Callable[[Vector, Layout], Arrays]
+    decode: Callable[[Arrays, Layout], Vector]
+    arrays: Callable[[Layout], dict[str, tuple[str, tuple[int, ...]]]]
+
+
+def _segments(vector: Vector, layout: Layout) -> Iterator[tuple[TensorSpec, Vector]]:
+    """Yield each tensor as rows that share a scale. Shape (scales, entries a scale)."""
+    start = 0
+    for spec in layout.specs:
+        tensor = vector[start : start + spec.size].reshape(spec.shape)
+        rows = tensor if spec.scale_axis is None else np.moveaxis(tensor, spec.scale_axis, 0)
+        yield spec, rows.reshape(spec.scales, -1)
+        start += spec.size
+
+
+def _int8_encode(vector: Vector, layout: Layout) -> Arrays:
+    """Round to the nearest of 255 steps of ``max |x| / 127`` per scale.
+
+    A value that is not finite makes its scale not finite, and the receiver refuses the blob.
+    """
+    packed = np.empty(layout.size, np.int8)
+    scales = np.empty(layout.scales, np.float32)
+    start = at = 0
+    for spec, rows in _segments(vector, layout):
+        scale = (np.abs(rows).max(axis=1) / np.float32(127)).astype(np.float32)
+        safe = np.where(scale > 0, scale, np.float32(1))
+        with np.errstate(invalid="ignore"):
+            steps = np.clip(np.rint(rows / safe[:, None]), -127, 127)  # a subnormal scale is coarse
+            packed[start : start + spec.size] = steps.reshape(-1)
+        scales[at : at + spec.scales] = scale
+        start += spec.size
+        at += spec.scales
+    return {"packed": packed, "scales": scales}
+
+
+def _int8_decode(arrays: Arrays, layout: Layout) -> Vector:
+    """Return the vector; the packed integers lie scale by scale, not in the tensor's own order."""
+    vector = np.empty(layout.size, np.float32)
+    start = at = 0
+    for spec in layout.specs:
+        rows = arrays["packed"][start : start + spec.size].reshape(spec.scales, -1)
+        scale = arrays["scales"][at : at + spec.scales].astype(np.float32)
+        with np.errstate(over="ignore"):  # an infinity is refused by whoever reads the vector
+            values = rows.astype(np.float32) * scale[:, None]
+        if spec.scale_axis is not None:
+            axis = spec.scale_axis
+            rest = spec.shape[:axis] + spec.shape[axis + 1 :]
+            values = np.moveaxis(values.reshape(spec.shape[axis], *rest), 0, axis)
+        vector[start : start + spec.size] = values.reshape(-1)
+        start += spec.size
+        at += spec.scales
+    return vector
+
+
+def _fp16_encode(vector: Vector, _layout: Layout) -> Arrays:
+    """Round to half precision; a finite value beyond its range becomes the largest there is."""
+    limit = np.float32(np.finfo(np.float16).max)
+    bounded = np.where(np.isfinite(vector), np.clip(vector, -limit, limit), vector)
+    return {"packed": bounded.astype(np.float16)}
+
+
+CODECS: dict[str, CodecRow] = {
+    "fp32": CodecRow(
+        encode=lambda vector, _layout: {"packed": vector},
+        decode=lambda arrays, _layout: arrays["packed"].astype(np.float32),
+        arrays=lambda layout: {"packed": ("float32", (layout.size,))},
+    ),
+    "fp16": CodecRow(
+        encode=_fp16_encode,
+        decode=lambda arrays, _layout: arrays["packed"].astype(np.float32),
+        arrays=lambda layout: {"packed": ("float16", (layout.size,))},
+    ),
+    "int8": CodecRow(
+        encode=_int8_encode,
+        decode=_int8_decode,
+        arrays=lambda layout: {
+            "packed": ("int8", (layout.size,)),
+            "scales": ("float32", (layout.scales,)),
+        },
+    ),
+}
+
+
+def encode_blob(vector: Vector, layout: Layout, header: BlobHeader) -> bytes:
+    """Return a safetensors file that holds ``vector`` in the header's codec."""
+    arrays = CODECS[header.codec].encode(vector, layout)
+    return bytes(save(arrays, metadata={"pwff": header.model_dump_json()}))
+
+
+def max_blob_bytes(layout: Layout, codec: str) -> int:
+    """Return a bound on a blob's size, so that an offer of more is refused unread."""
+    arrays = CODECS[codec].arrays(layout).values()
+    return _MAX_HEADER_BYTES + sum(np.dtype(kind).itemsize * shape[0] for kind, shape in arrays)
+
+
+def read_header(blob: bytes) -> BlobHeader:
+    """Return the JSON header of a blob.
+
+    Raises:
+        ProtocolError: If it is no safetensors file with a valid header.
+    """
+    if len(blob) < 8:
+        raise ProtocolError("format", "update is shorter than a safetensors header")
+    (length,) = struct.unpack_from("<Q", blob)
+    if length > min(_MAX_HEADER_BYTES, len(blob) - 8):
+        raise ProtocolError("format", f"safetensors header of {length} bytes")
+    try:
+        meta = json.loads(blob[8 : 8 + length])["__metadata__"]["pwff"]
+        return BlobHeader.model_validate_json(meta)
+    except (ValueError, KeyError, TypeError, RecursionError, ValidationError) as err:
+        raise ProtocolError("format", "update has no valid header") from err
+
+
+def decode_blob(blob: bytes, layout: Layout) -> tuple[BlobHeader, Vector]:
+    """Return header and vector of a blob, after every check that needs no model.
+
+    Raises:
+        ProtocolError: With code ``format``, ``layout``, ``name``, ``shape``, ``dtype`` or
+            ``finite``: what arrived is not an update of this layout.
+    """
+    header = read_header(blob)
+    if header.layout != layout.sha256:
+        raise ProtocolError("layout", f"update of layout {header.layout[:12]}, not this run's")
+    codec = CODECS[header.codec]
+    try:
+        arrays = load(blob)
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as err:
+        raise ProtocolError("format", "update is no valid safetensors file") from err
+    expected = codec.arrays(layout)
+    if set(arrays) != set(expected):
+        stranger = sorted(set(arrays) ^ set(expected))[0]
+        raise ProtocolError(
+            "name", f"tensor '{stranger[:80]}' is not what the {header.codec} codec carries"
+        )
+    for name, (dtype, shape) in expected.items():
+        if arrays[name].dtype != np.dtype(dtype):
+            raise ProtocolError("dtype", f"'{name}' is {arrays[name].dtype}; expected {dtype}")
+        if arrays[name].shape != shape:
+            raise ProtocolError("shape", f"'{name}' is {arrays[name].shape}; expected {shape}")
+        if arrays[name].dtype.kind == "f" and not np.isfinite(arrays[name]).all():
+            raise ProtocolError("finite", f"'{name}' holds a value that is not finite")
+    vector = codec.decode(arrays, layout)
+    if not np.isfinite(vector).all():
+        raise ProtocolError("finite", "the decoded update holds a value that is not finite")
+    return header, vector
+
+
+def quantise_with_feedback(
+    difference: Vector, residual: Vector | None, layout: Layout, codec: str
+) -> tuple[Vector, Vector]:
+    """Return the vector to encode and the error that its decoding will leave.
+
+    The difference is sent with what earlier rounds left out (error feedback, Seide et al. 2014).
+    The caller keeps the new residual only once the update was aggregated.
+    """
+    wanted = difference if residual is None else difference + residual
+    row = CODECS[codec]
+    return wanted, wanted - row.decode(row.encode(wanted, layout), layout)

@@ -1,0 +1,287 @@
+"""The messages of the protocol, each with its bounds. Whatever arrives passes through here first.
+
+A message is one JSON object of at most 64 KiB with a ``schema`` version and a ``kind``. Chunks of
+tensors travel apart from it as binary DATA (see ``chunks``). Units: bytes, seconds, joules.
+
+Up, from a device:    HELLO, OFFER, WANT, REPORT
+Down, to a device:    TASK, GRANT, HAVE, DONE, REJECT
+To everybody:         MANIFEST (retained)
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from messaging.chunks import MAX_CHUNKS, chunk_count
+from messaging.errors import ProtocolError
+
+SCHEMA: Final = 1
+MAX_MESSAGE_BYTES = 65_536
+
+Identifier = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Amount = Annotated[float, Field(ge=0, le=1e15)]
+Loss = Annotated[float, Field(ge=0, le=1e6)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Round = Annotated[int, Field(ge=0, le=1_000_000)]
+Bitmap = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$", max_length=MAX_CHUNKS // 4)]
+Category = Annotated[str, Field(max_length=200)]
+Stage = Literal["instruction", "reward", "alignment"]
+Codec = Literal["fp32", "fp16", "int8"]
+Outcome = Literal["aggregated", "late", "lost", "rejected", "skipped", "none"]
+
+
+class Record(BaseModel):
+    """A frozen record: no field that the schema does not name, no number that is not finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Channel(Record):
+    """A device's uplink as the run's record states it."""
+
+    snr_db: Annotated[float, Field(ge=-100, le=100)]
+    bandwidth_hz: Annotated[float, Field(gt=0, le=1e12)]
+    transmit_watts: Annotated[float, Field(ge=0, le=1e4)]
+    fading: Literal["rayleigh", "none"]
+    sharing: Literal["dedicated"] = "dedicated"
+    coherence_seconds: Annotated[float, Field(gt=0, le=1e4)]
+
+
+class Preference(Record):
+    """How much a user cares for each objective; the two sum to one."""
+
+    helpfulness: Share
+    harmlessness: Share
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> Preference:
+        total = self.helpfulness + self.harmlessness
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"helpfulness and harmlessness sum to {total:g}; they must sum to 1")
+        return self
+
+
+class DeviceRecord(Record):
+    """What a device says of itself; it becomes the client's entry in ``run.json``."""
+
+    id: Identifier
+    profile: Identifier
+    lora_count: Annotated[int, Field(ge=0, le=4096)]
+    lora_rank: Annotated[int, Field(ge=0, le=65_536)]
+    lora_rank_rule: Literal["given", "proportional", "none"]
+    adapter_count: Annotated[int, Field(ge=0, le=4096)]
+    adapter_size: Annotated[int, Field(ge=0, le=65_536)]
+    placement: Identifier
+    precision: Literal["fp32"]
+    threads: Annotated[int, Field(ge=1, le=4096)]
+    base_bytes: Count
+    examples: Count
+    held_out_examples: Count
+    categories: Annotated[dict[Category, Count], Field(max_length=64)]
+    trainable_parameters: Count
+    shared_parameters: Count
+    preference: Preference
+    channel: Channel
+    costs: Literal["modelled", "measured"]
+
+
+class Costs(Record):
+    """What a device's part of a round took: modelled in emulation, measured on a real device."""
+
+    download_bytes: Count = 0
+    downlink_seconds: Amount = 0.0
+    compute_seconds: Amount = 0.0
+    compute_joules: Amount = 0.0
+    uplink_seconds: Amount = 0.0
+    uplink_joules: Amount = 0.0
+
+
+class _Message(Record):
+    schema_: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
+    run: Identifier
+
+
+class _FromDevice(_Message):
+    client: Identifier
+    session: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+
+
+class Hello(_FromDevice):
+    """Retained on the device's ``state`` topic; the broker publishes ``online=False`` for it."""
+
+    kind: Literal["HELLO"] = "HELLO"
+    online: bool
+    binding: Sha256
+    layout: Sha256
+    device: DeviceRecord | None = None
+
+
+class Offer(_FromDevice):
+    """An update is ready. Sent again with the same blob, it resumes."""
+
+    kind: Literal["OFFER"] = "OFFER"
+    round: Round
+    blob: Sha256
+    bytes: Annotated[int, Field(ge=1, le=2**33)]
+    chunk_bytes: Annotated[int, Field(ge=1024, le=268_435_455)]
+    chunks: Annotated[int, Field(ge=1, le=MAX_CHUNKS)]
+    binding: Sha256
+    layout: Sha256
+    codec: Codec
+    costs: Costs
+
+
+class Want(_FromDevice):
+    """Asks for chunks of a global state, named by its hash; ``missing`` is a bitmap."""
+
+    kind: Literal["WANT"] = "WANT"
+    blob: Sha256
+    missing: Bitmap
+
+
+class Report(_FromDevice):
+    """Held-out results on the state of ``round``, or a training that has nothing to upload."""
+
+    kind: Literal["REPORT"] = "REPORT"
+    round: Round
+    phase: Literal["train", "evaluate"]
+    examples: Count
+    train_loss: Loss | None = None
+    eval_loss: Loss | None = None
+    eval_accuracy: Share | None = None
+    costs: Costs
+
+
+class StateRef(Record):
+    """A global state by content: enough to ask for it and to check it."""
+
+    round: Round
+    blob: Sha256
+    bytes: Annotated[int, Field(ge=1, le=2**33)]
+    chunk_bytes: Annotated[int, Field(ge=1024, le=268_435_455)]
+    chunks: Annotated[int, Field(ge=1, le=MAX_CHUNKS)]
+
+    @model_validator(mode="after")
+    def _chunks_follow_from_bytes(self) -> StateRef:
+        expected = chunk_count(self.bytes, self.chunk_bytes)
+        if self.chunks != expected:
+            raise ValueError(
+                f"{self.chunks} chunks for {self.bytes} bytes; "
+                f"pieces of {self.chunk_bytes} bytes make {expected}"
+            )
+        return self
+
+
+class Task(_Message):
+    """One piece of work for one device: install ``state``, then train or evaluate, or stop.
+
+    ``outcome`` says what became of the device's update of ``round`` (evaluate only).
+    """
+
+    kind: Literal["TASK"] = "TASK"
+    client: Identifier
+    work: Literal["train", "evaluate", "stop"]
+    stage: Stage
+    round: Round
+    state: StateRef | None
+    outcome: Outcome = "none"
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    local_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 1
+    learning_rate: Annotated[float, Field(ge=0, le=100)] = 0.0
+    codec: Codec = "fp32"
+    max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 512
+    reason: Annotated[str, Field(max_length=400)] = ""
+
+
+class Grant(_Message):
+    """Send these chunks now, at most ``window`` of them not yet acknowledged by a HAVE."""
+
+    kind: Literal["GRANT"] = "GRANT"
+    client: Identifier
+    blob: Sha256
+    missing: Bitmap
+    window: Annotated[int, Field(ge=1, le=4096)]
+    expiry_seconds: Annotated[float, Field(gt=0, le=1e6)]
+
+
+class Have(_Message):
+    """What is still missing of a granted upload."""
+
+    kind: Literal["HAVE"] = "HAVE"
+    client: Identifier
+    blob: Sha256
+    missing: Bitmap
+
+
+class Done(_Message):
+    """The update is on the aggregator's disk, its hash verified; the device may forget it."""
+
+    kind: Literal["DONE"] = "DONE"
+    client: Identifier
+    blob: Sha256
+    status: Literal["stored", "late"]
+
+
+class Reject(_Message):
+    """The offer or the update is refused; sending the same again is of no use."""
+
+    kind: Literal["REJECT"] = "REJECT"
+    client: Identifier
+    blob: Sha256 | None
+    code: Annotated[str, Field(pattern=r"^[a-z-]{1,32}$")]
+    reason: Annotated[str, Field(max_length=400)]
+
+
+class Manifest(_Message):
+    """Retained: the newest global state, and what a device must be built on to use it.
+
+    A ``session`` that a device has not seen is an aggregator that has not seen the device.
+    """
+
+    kind: Literal["MANIFEST"] = "MANIFEST"
+    session: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    method: Identifier
+    stage: Stage
+    state: StateRef | None
+    binding: Sha256
+    layout: Sha256
+    finished: bool = False
+
+
+Message = Hello | Offer | Want | Report | Task | Grant | Have | Done | Reject | Manifest
+_MESSAGES: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
+
+
+def encode(message: Message) -> bytes:
+    """Return the message as compact UTF-8 JSON."""
+    return message.model_dump_json(by_alias=True).encode()
+
+
+def decode(payload: bytes) -> Message:
+    """Return the message that ``payload`` holds, every field within its bounds.
+
+    Raises:
+        ProtocolError: With code ``size`` or ``schema``, and the first field that is wrong.
+    """
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(
+            "size", f"message of {len(payload)} bytes; at most {MAX_MESSAGE_BYTES} are read"
+        )
+    try:
+        return _MESSAGES.validate_json(payload)
+    except ValidationError as err:
+        first = err.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "message"
+        raise ProtocolError("schema", f"{place}: {first['msg']}") from err

@@ -1,0 +1,304 @@
+"""The two ends of a transfer as state machines without input or output.
+
+Times are seconds on the caller's monotonic clock and come in as values; what to send comes out as
+values. An upload is done when the aggregator says DONE, never when a broker acknowledged: a device
+keeps its blob until then. A download is driven by the device, which asks for what it lacks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from messaging.chunks import HEADER_BYTES, Chunk, Missing, chunk_count
+from messaging.errors import ProtocolError
+from messaging.protocol import Done, Grant, Have, Message, Offer, Reject, StateRef
+
+SILENCE_SECONDS = 5.0  # after this long without an answer a device asks again
+
+
+def _piece_bytes(whole: Offer | StateRef, index: int) -> tuple[int, int]:
+    """Return where piece ``index`` starts and how long it is."""
+    size = whole.chunk_bytes - HEADER_BYTES
+    return index * size, min(size, whole.bytes - index * size)
+
+
+class Upload:
+    """The device's end: one blob on its way up. What is said of another blob changes nothing."""
+
+    def __init__(self, blob: bytes, offer: Offer, now: float) -> None:
+        self.blob = blob
+        self.offer = offer
+        self._sent: set[int] = set()
+        self._missing = Missing(offer.chunks)
+        self._window = 0
+        self._heard = now
+
+    def granted(self, grant: Grant, now: float) -> list[int]:
+        """Return the chunks to send now that the aggregator grants a window.
+
+        Raises:
+            ProtocolError: If the grant names a chunk that the blob does not have.
+        """
+        if grant.blob != self.offer.blob:
+            return []
+        self._missing = Missing.from_bitmap(grant.missing, self.offer.chunks)
+        self._window = grant.window
+        self._sent.clear()
+        return self._next(now)
+
+    def acknowledged(self, have: Have, now: float) -> list[int]:
+        """Return the chunks to send now that the aggregator says what it still lacks.
+
+        Raises:
+            ProtocolError: If it names a chunk that the blob does not have.
+        """
+        if have.blob != self.offer.blob:
+            return []
+        self._missing = Missing.from_bitmap(have.missing, self.offer.chunks)
+        self._sent &= self._missing.indices
+        return self._next(now)
+
+    def _next(self, now: float) -> list[int]:
+        self._heard = now
+        room = self._window - len(self._sent)
+        ready = [i for i in sorted(self._missing.indices) if i not in self._sent][: max(0, room)]
+        self._sent.update(ready)
+        return ready
+
+    def must_offer_again(self, now: float) -> bool:
+        """Return whether the aggregator was silent for so long that the offer goes out again."""
+        if now - self._heard < SILENCE_SECONDS:
+            return False
+        self._heard = now
+        return True
+
+
+class Download:
+    """The device's end: one global state on its way down."""
+
+    def __init__(self, ref: StateRef, now: float) -> None:
+        self.ref = ref
+        self.missing = Missing(ref.chunks)
+        self._buffer = bytearray(ref.bytes)
+        self._asked: set[int] = set()
+        self._heard = now
+
+    def arrived(self, chunk: Chunk, now: float) -> None:
+        """Put one piece in its place.
+
+        Raises:
+            ProtocolError: If the piece does not fit the state.
+        """
+        start, length = _piece_bytes(self.ref, chunk.index)
+        if chunk.blob != self.ref.blob:
+            raise ProtocolError("chunk", f"chunk of {chunk.blob[:12]}, not of the state asked for")
+        if chunk.count != self.ref.chunks or len(chunk.payload) != length:
+            raise ProtocolError("chunk", f"chunk {chunk.index} does not fit the state asked for")
+        self._heard = now
+        self._asked.discard(chunk.index)
+        if self.missing.arrived(chunk.index):
+            self._buffer[start : start + length] = chunk.payload
+
+    def wanted(self, window: int, now: float) -> list[int]:
+        """Return what to ask for: nothing while an earlier request is being answered."""
+        silent = now - self._heard >= SILENCE_SECONDS
+        if self._asked and not silent:
+            return []
+        self._heard = now
+        self._asked = set(self.missing.first(window))
+        return sorted(self._asked)
+
+    def finish(self) -> bytes:
+        """Return the verified state.
+
+        Raises:
+            ProtocolError: If pieces are missing, or if its hash is not the one asked for; then
+                everything is missing again.
+        """
+        if self.missing:
+            raise ProtocolError("chunk", f"{len(self.missing)} chunks of the state are missing")
+        blob = bytes(self._buffer)
+        if hashlib.sha256(blob).hexdigest() != self.ref.blob:
+            self.missing = Missing(self.ref.chunks)
+            raise ProtocolError("hash", "the global state arrived with another hash")
+        return blob
+
+
+class PartialBlob(Protocol):
+    """Where the pieces of one update are put until it is whole (a file of the spool)."""
+
+    def write(self, offset: int, payload: bytes) -> None:
+        """Put ``payload`` at ``offset``; putting it there twice changes nothing."""
+
+    def finish(self) -> bytes:
+        """Return the whole blob, on disk."""
+
+    def discard(self) -> None:
+        """Forget the pieces; after ``finish``, the blob, because it was refused."""
+
+
+@dataclass
+class _Incoming:
+    offer: Offer
+    missing: Missing
+    partial: PartialBlob | None = None
+    granted: bool = False
+    heard: float = 0.0
+    since_have: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadLimits:
+    """How much may be in flight: ``grants * window`` stays below a broker's queue."""
+
+    grants: int = 16
+    window: int = 8
+    expiry_seconds: float = 30.0
+
+
+def _pieces(offer: Offer) -> tuple[int, int]:
+    return offer.bytes, offer.chunk_bytes
+
+
+class UploadDesk:
+    """The aggregator's end: which uploads hold a grant, and what each still lacks.
+
+    Args:
+        run: The run whose uploads these are.
+        limits: Grants and window.
+        open_partial: Makes the place where an offer's pieces are put, once the first is here.
+        send: Sends a message to a client.
+        complete: Called with an offer and its whole, hash-verified blob. Returns the answer.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: str,
+        limits: UploadLimits,
+        open_partial: Callable[[Offer], PartialBlob],
+        send: Callable[[str, Message], None],
+        complete: Callable[[Offer, bytes], Done | Reject],
+    ) -> None:
+        self._run = run
+        self._limits = limits
+        self._open_partial = open_partial
+        self._send = send
+        self._complete = complete
+        self._incoming: OrderedDict[tuple[str, str], _Incoming] = OrderedDict()
+        self.duplicate_bytes = 0
+
+    def offered(self, offer: Offer, now: float) -> None:
+        """Take an offer that the caller has already found acceptable; grant it when there is room.
+
+        The same offer again resumes: a grant names what is missing. Another blob, or the same in
+        pieces of another size, replaces what the client had under way.
+
+        Raises:
+            ProtocolError: If its chunk count does not follow from its size.
+        """
+        if offer.chunks != chunk_count(offer.bytes, offer.chunk_bytes):
+            raise ProtocolError("chunk", f"{offer.chunks} chunks do not make {offer.bytes} bytes")
+        key = (offer.client, offer.blob)
+        incoming = self._incoming.get(key)
+        if incoming is None or _pieces(incoming.offer) != _pieces(offer):
+            self.forget(offer.client)
+            incoming = _Incoming(offer, Missing(offer.chunks))
+            self._incoming[key] = incoming
+        incoming.offer = offer
+        if incoming.granted:
+            self._grant(incoming, now)
+        self._hand_out(now)
+
+    def _hand_out(self, now: float) -> None:
+        free = self._limits.grants - sum(i.granted for i in self._incoming.values())
+        for incoming in [i for i in self._incoming.values() if not i.granted][: max(0, free)]:
+            self._grant(incoming, now)
+
+    def _grant(self, incoming: _Incoming, now: float) -> None:
+        incoming.granted = True
+        incoming.heard = now
+        incoming.since_have = 0
+        offer = incoming.offer
+        self._send(
+            offer.client,
+            Grant(
+                run=self._run,
+                client=offer.client,
+                blob=offer.blob,
+                missing=incoming.missing.bitmap(),
+                window=self._limits.window,
+                expiry_seconds=self._limits.expiry_seconds,
+            ),
+        )
+
+    def data(self, client: str, chunk: Chunk, now: float) -> None:
+        """Put one piece on disk; when the blob is whole, verify it and answer.
+
+        Raises:
+            ProtocolError: If the piece was not granted or does not fit its offer.
+        """
+        incoming = self._incoming.get((client, chunk.blob))
+        if incoming is None or not incoming.granted:
+            raise ProtocolError("grant", "chunk of an upload that holds no grant")
+        offer = incoming.offer
+        start, length = _piece_bytes(offer, chunk.index)
+        if chunk.count != offer.chunks or len(chunk.payload) != length:
+            raise ProtocolError("chunk", f"chunk {chunk.index} does not fit the offer")
+        incoming.heard = now
+        if chunk.index not in incoming.missing.indices:
+            self.duplicate_bytes += length
+            return
+        if incoming.partial is None:  # hundreds may wait for a grant: only now a file is opened
+            incoming.partial = self._open_partial(offer)
+        incoming.partial.write(start, chunk.payload)
+        incoming.missing.arrived(chunk.index)  # only once it is written
+        incoming.since_have += 1
+        if not incoming.missing:
+            self._whole(incoming, incoming.partial, now)
+        elif incoming.since_have >= max(1, self._limits.window // 2):
+            incoming.since_have = 0
+            missing = incoming.missing.bitmap()
+            have = Have(run=self._run, client=client, blob=offer.blob, missing=missing)
+            self._send(client, have)
+
+    def _whole(self, incoming: _Incoming, partial: PartialBlob, now: float) -> None:
+        offer = incoming.offer
+        del self._incoming[offer.client, offer.blob]
+        blob = partial.finish()
+        if len(blob) != offer.bytes or hashlib.sha256(blob).hexdigest() != offer.blob:
+            answer: Done | Reject = Reject(
+                run=self._run,
+                client=offer.client,
+                blob=offer.blob,
+                code="hash",
+                reason="the pieces do not make the blob that was offered",
+            )
+        else:
+            answer = self._complete(offer, blob)
+        if isinstance(answer, Reject):
+            partial.discard()
+        self._send(offer.client, answer)
+        self._hand_out(now)
+
+    def expire(self, now: float) -> None:
+        """Take grants back from uploads that fell silent, and hand them on."""
+        for key, incoming in list(self._incoming.items()):
+            if incoming.granted and now - incoming.heard >= self._limits.expiry_seconds:
+                incoming.granted = False
+                self._incoming.move_to_end(key)
+        self._hand_out(now)
+
+    def forget(self, client: str) -> None:
+        """Drop whatever ``client`` had under way (it left, or its round is over).
+
+        The next ``expire`` or ``offered`` hands its grant on.
+        """
+        for key in [k for k in self._incoming if k[0] == client]:
+            partial = self._incoming.pop(key).partial
+            if partial is not None:
+                partial.discard()

@@ -1,0 +1,51 @@
+"""What a node asks of the network: publish, subscribe, and be told of what arrives.
+
+Everything that arrives is handed to ``deliver`` from the transport's own thread, which must only
+put it on a queue. ``connected`` is called on every connection, the first and each later one, once
+its subscriptions hold. Both may publish, and must neither wait nor close.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+Deliver = Callable[[str, bytes], None]
+Connected = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Will:
+    """A retained message that the network publishes for a node that vanishes."""
+
+    topic: str
+    payload: bytes
+
+
+class Transport(Protocol):
+    """One node's connection."""
+
+    def start(self) -> None:
+        """Connect, and go on trying where the network is not there."""
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """Send at least once to whoever subscribed; an empty retained payload clears."""
+
+    def close(self) -> None:
+        """Send what is queued and leave in good order: no will is published."""
+
+
+class Network(Protocol):
+    """Opens connections: a broker's address, or a hub in this process."""
+
+    def open(
+        self,
+        *,
+        client_id: str,
+        filters: list[str],
+        deliver: Deliver,
+        connected: Connected,
+        will: Will | None = None,
+    ) -> Transport:
+        """Return a connection that subscribes to ``filters`` each time it connects."""

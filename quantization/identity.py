@@ -1,0 +1,192 @@
+"""Which base a run is built on: its folder, its shape and its hashes. Needs no torch.
+
+A base is named ``mini`` (it comes with the project), by a folder, or by a hub id. Its identity is
+the SHA-256 of its weights file and of its tokenizer; devices on another base are refused by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import struct
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from device_profiles.modules import BaseShape
+from quantization.errors import BaseModelError, HubUnavailableError, MissingExtraError
+
+log = logging.getLogger(__name__)
+
+MINI = "mini"
+_WEIGHTS = "model.safetensors"
+_TOKENIZER = "tokenizer.json"
+_MOST_HEADER_BYTES = 50_000_000
+_TIED = "lm_head."
+_MASKS = (".attn.bias", ".attn.masked_bias")  # in old checkpoints: constants, not weights
+_HUB_FILES = ["config.json", _WEIGHTS, "tokenizer*", "vocab.json", "merges.txt", "special_tokens*"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseIdentity:
+    """A base on disk.
+
+    Attributes:
+        name: As the user wrote it; of a folder, its last part.
+        folder: Where config and weights are.
+        tokenizer_folder: Where the tokenizer is (the kit's, for a folder without one).
+        sha256: Of the weights file.
+        tokenizer_sha256: Of ``tokenizer.json``.
+        parameters: Number of weights in the file, the tied head counted once.
+        base_bytes: Size of the weights in fp32.
+        positions: Longest sequence, tokens.
+        vocabulary: Number of rows of the embedding.
+    """
+
+    name: str
+    folder: Path
+    tokenizer_folder: Path
+    sha256: str
+    tokenizer_sha256: str
+    parameters: int
+    positions: int
+    vocabulary: int
+    shape: BaseShape
+
+    @property
+    def base_bytes(self) -> int:
+        """Size of the base in fp32, bytes."""
+        return 4 * self.parameters
+
+
+def mini_folder() -> Path:
+    """Return the folder of the bundled base."""
+    return Path(str(resources.files("quantization") / "bases" / MINI))
+
+
+def identify(name: str) -> BaseIdentity:
+    """Return the identity of a base.
+
+    Raises:
+        BaseModelError: If the folder is missing or damaged, or holds no GPT-2.
+        HubUnavailableError: If ``name`` is a hub id and the hub does not answer.
+    """
+    folder = _locate(name)
+    config = _read_config(folder)
+    weights = folder / _WEIGHTS
+    parameters = _count_parameters(weights)
+    shape = BaseShape(
+        layers=int(config["n_layer"]),
+        width=int(config["n_embd"]),
+        inner=int(config.get("n_inner") or 4 * int(config["n_embd"])),
+    )
+    tokenizer = folder if (folder / _TOKENIZER).is_file() else mini_folder()
+    vocabulary = int(config["vocab_size"])
+    if tokenizer != folder:
+        _check_fits(tokenizer, vocabulary, folder)
+        log.warning("%s has no tokenizer.json; the kit's tokenizer is used", folder)
+    return BaseIdentity(
+        name=folder.resolve().name if Path(name).expanduser().is_dir() else name,
+        folder=folder,
+        tokenizer_folder=tokenizer,
+        sha256=file_sha256(weights),
+        tokenizer_sha256=file_sha256(tokenizer / _TOKENIZER),
+        parameters=parameters,
+        positions=int(config["n_positions"]),
+        vocabulary=vocabulary,
+        shape=shape,
+    )
+
+
+def binding(identity: BaseIdentity, placement: str) -> str:
+    """Return the hash that ties an update to base, tokenizer and placement."""
+    words = [identity.sha256, identity.tokenizer_sha256, placement]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _locate(name: str) -> Path:
+    if name == MINI:
+        return mini_folder()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise BaseModelError(f"model '{name}': no such folder; give a checkpoint folder or 'mini'")
+    return _fetch(name)
+
+
+def _fetch(hub_id: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    except ImportError as err:
+        raise MissingExtraError(
+            f"model '{hub_id}' is on the hub, and huggingface_hub is not installed: "
+            "`pip install 'pwff[edge]'`, or give a checkpoint folder"
+        ) from err
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except HFValidationError as err:
+        raise BaseModelError(f"model '{hub_id}' is neither a folder nor a hub id") from err
+    except (OSError, HfHubHTTPError) as err:
+        raise HubUnavailableError(
+            f"model '{hub_id}' could not be fetched from the hub ({type(err).__name__}); "
+            "connect to it, or give a checkpoint folder or 'mini'"
+        ) from err
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as err:
+        raise BaseModelError(f"{folder} has no readable config.json; give a checkpoint") from err
+    kind = config.get("model_type")
+    if kind != "gpt2":
+        raise BaseModelError(f"{folder} holds a '{kind}'; this version tunes GPT-2 ('gpt2')")
+    inner = config.get("n_inner")
+    if inner is not None and (not isinstance(inner, int) or inner < 1):
+        raise BaseModelError(f"{folder}/config.json: n_inner = {inner!r}; a whole number or null")
+    for key in ("n_layer", "n_embd", "n_positions", "vocab_size"):
+        if not isinstance(config.get(key), int) or config[key] < 1:
+            raise BaseModelError(
+                f"{folder}/config.json: {key} = {config.get(key)!r}; a whole number"
+            )
+    return config
+
+
+def _count_parameters(weights: Path) -> int:
+    try:
+        with weights.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, _MOST_HEADER_BYTES)))
+        return sum(
+            math.prod(entry["shape"])
+            for name, entry in header.items()
+            if name != "__metadata__" and not name.startswith(_TIED) and not name.endswith(_MASKS)
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as err:
+        raise BaseModelError(f"{weights} is missing or damaged; give another checkpoint") from err
+
+
+def _check_fits(tokenizer: Path, vocabulary: int, folder: Path) -> None:
+    try:
+        words = json.loads((tokenizer / _TOKENIZER).read_text())["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise BaseModelError(f"{tokenizer} has no readable tokenizer.json") from err
+    if len(words) > vocabulary:
+        raise BaseModelError(
+            f"{folder} has no tokenizer.json and only {vocabulary} embedding rows; "
+            f"the kit's tokenizer needs {len(words)}; put the checkpoint's own tokenizer there"
+        )

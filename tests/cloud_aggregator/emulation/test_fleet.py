@@ -1,0 +1,111 @@
+"""From an experiment to its clients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cloud_aggregator.emulation.fleet import link_of, plan_fleet
+from cloud_aggregator.experiment import Experiment
+from device_profiles.errors import InputError
+from device_profiles.modules import BaseShape
+from edge_client.data.instructions import Dataset, Example
+from quantization.identity import BaseIdentity
+
+SMALL = BaseShape(layers=12, width=768, inner=3072)
+
+
+def identity(shape: BaseShape = SMALL) -> BaseIdentity:
+    """Return a base that is described and not there."""
+    return BaseIdentity(
+        name="described",
+        folder=Path("nowhere"),
+        tokenizer_folder=Path("nowhere"),
+        sha256="0" * 64,
+        tokenizer_sha256="1" * 64,
+        parameters=124_439_808,
+        positions=1024,
+        vocabulary=50_257,
+        shape=shape,
+    )
+
+
+def dataset(rows: int = 200) -> Dataset:
+    """Return rows in two categories."""
+    examples = [
+        Example(instruction=f"Say {i}", output=f"word {i}", category="ab"[i % 2])
+        for i in range(rows)
+    ]
+    return Dataset(source="rows", examples=examples)
+
+
+def test_the_mixed_fleet_of_ten_is_four_jetsons_three_pis_and_three_laptops() -> None:
+    plan = plan_fleet(Experiment(), identity(), dataset())
+    counts = sorted((c.device.profile, c.device.lora_count) for c in plan.clients)
+    assert counts == (
+        [("jetson-orin-nano-8gb", 24)] * 4
+        + [("laptop-x86-cpu", 36)] * 3
+        + [("raspberry-pi-5-8gb", 12)] * 3
+    )
+
+
+def test_trainable_parameters_are_adapters_and_as_many_lora_modules_as_the_device_has() -> None:
+    plan = plan_fleet(Experiment(), identity(), dataset())
+    # 36 adapters of 580,968 parameters in all, and 96 * (768 + 768) a LoRA module on q, k or v
+    for client in plan.clients:
+        expected = 580_968 + client.device.lora_count * 147_456
+        assert client.device.trainable_parameters == expected
+        assert client.device.shared_parameters == 580_968
+        assert (client.device.lora_rank, client.device.lora_rank_rule) == (96, "proportional")
+
+
+def test_a_rank_that_is_given_is_recorded_as_given() -> None:
+    plan = plan_fleet(Experiment(lora_rank=8), identity(), dataset())
+    assert {(c.device.lora_rank, c.device.lora_rank_rule) for c in plan.clients} == {(8, "given")}
+
+
+def test_a_base_with_fewer_sites_than_a_device_affords_gives_it_all_of_them() -> None:
+    shallow = BaseShape(layers=3, width=64, inner=256)  # nine sites of q, k and v
+    plan = plan_fleet(Experiment(), identity(shallow), dataset())
+    assert {c.device.lora_count for c in plan.clients} == {9}
+    assert {c.device.adapter_count for c in plan.clients} == {9}
+
+
+def test_a_count_that_is_given_and_does_not_fit_is_refused_with_what_there_is() -> None:
+    shallow = BaseShape(layers=3, width=64, inner=256)
+    with pytest.raises(InputError, match="9 sites"):
+        plan_fleet(Experiment(lora_count=12), identity(shallow), dataset())
+    with pytest.raises(InputError, match=r"adapter count 36.*9"):
+        plan_fleet(Experiment(adapter_count=36), identity(shallow), dataset())
+
+
+def test_methods_differ_in_what_is_trained_and_what_travels() -> None:
+    fedada = plan_fleet(Experiment(method="fedada"), identity(), dataset()).clients[0].device
+    alone = plan_fleet(Experiment(method="local-only"), identity(), dataset()).clients[0].device
+    assert (fedada.lora_count, fedada.trainable_parameters) == (0, 580_968)
+    assert (alone.adapter_count, alone.shared_parameters) == (36, 0)
+
+
+def test_every_example_is_with_one_client() -> None:
+    plan = plan_fleet(Experiment(partition="iid"), identity(), dataset())
+    held = [i for c in plan.clients for i in [*c.train, *c.held_out]]
+    assert sorted(held) == list(range(200))
+    assert all(c.device.examples == len(c.train) for c in plan.clients)
+
+
+def test_links_are_the_papers_or_the_devices_own() -> None:
+    paper = plan_fleet(Experiment(), identity(), dataset())
+    assert {
+        (link_of(c.device).snr_db, link_of(c.device).transmit_watts) for c in paper.clients
+    } == {(5.0, 1.0)}
+    own = plan_fleet(Experiment(channel="profile"), identity(), dataset())
+    assert {link_of(c.device).snr_db for c in own.clients} == {2.0, 5.0, 10.0}
+
+
+def test_the_same_seed_draws_the_same_fleet_and_another_seed_another() -> None:
+    first, again, other = (
+        plan_fleet(Experiment(seed=s), identity(), dataset()).clients for s in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other

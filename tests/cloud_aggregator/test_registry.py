@@ -1,0 +1,114 @@
+"""Devices by identity, each in its newest session; who is built on something else stays out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cloud_aggregator.registry import Registry
+from messaging.errors import ProtocolError
+from messaging.protocol import Hello
+from tests.cloud_aggregator.conftest import BINDING, LAYOUT, RUN, SESSION, device
+
+LATER = "f" * 16
+
+
+def hello(client: str = "a", **changes: Any) -> Hello:
+    fields: dict[str, Any] = {
+        "run": RUN,
+        "client": client,
+        "session": SESSION,
+        "online": True,
+        "binding": BINDING,
+        "layout": LAYOUT.sha256,
+        "device": device(client),
+    }
+    return Hello(**{**fields, **changes})
+
+
+def left(client: str = "a", session: str = SESSION) -> Hello:
+    return hello(client, online=False, device=None, session=session)
+
+
+@pytest.fixture
+def registry() -> Registry:
+    return Registry(binding=BINDING, layout=LAYOUT.sha256)
+
+
+def test_devices_are_listed_in_client_order(registry: Registry) -> None:
+    for client in ("c", "a", "b"):
+        assert registry.greeted(hello(client))
+    assert registry.online == ["a", "b", "c"]
+    assert registry.devices["b"] == device("b")
+
+
+def test_a_device_that_left_is_known_and_not_there(registry: Registry) -> None:
+    registry.greeted(hello())
+    assert registry.is_online("a")
+    assert not registry.greeted(left())
+    assert registry.online == []
+    assert not registry.is_online("a")
+    assert "a" in registry.devices
+
+
+def test_the_will_of_an_older_session_does_not_send_the_newer_one_away(registry: Registry) -> None:
+    registry.greeted(hello())
+    registry.greeted(hello(session=LATER))
+    registry.greeted(left(session=SESSION))
+    assert registry.online == ["a"]
+    registry.greeted(left(session=LATER))
+    assert registry.online == []
+
+
+def test_a_device_that_nobody_knows_cannot_leave(registry: Registry) -> None:
+    assert not registry.greeted(left("x"))
+    assert registry.devices == {}
+
+
+def test_only_the_newest_session_speaks(registry: Registry) -> None:
+    with pytest.raises(ProtocolError) as never_greeted:
+        registry.check_session("a", SESSION)
+    registry.greeted(hello())
+    registry.check_session("a", SESSION)
+    registry.greeted(hello(session=LATER))
+    registry.check_session("a", LATER)
+    with pytest.raises(ProtocolError, match="not its newest") as too_old:
+        registry.check_session("a", SESSION)
+    assert (never_greeted.value.code, too_old.value.code) == ("session", "session")
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "remedy"),
+    [
+        ({"binding": "0" * 64}, "base", "give it the run's model and placement"),
+        ({"layout": "0" * 64}, "layout", "compare method and adapter size"),
+        ({"device": None}, "identity", "without a record"),
+        ({"device": device("b")}, "identity", "record of the device that sends it"),
+    ],
+    ids=["base", "layout", "no record", "record of another"],
+)
+def test_a_device_on_something_else_is_refused_and_not_known(
+    changes: dict[str, Any], code: str, remedy: str, registry: Registry
+) -> None:
+    with pytest.raises(ProtocolError, match=remedy) as refusal:
+        registry.greeted(hello(**changes))
+    assert refusal.value.code == code
+    assert registry.online == []
+    assert registry.devices == {}
+    with pytest.raises(ProtocolError):
+        registry.check_session("a", SESSION)
+
+
+def test_a_refused_hello_takes_nothing_from_the_session_that_is_there(registry: Registry) -> None:
+    registry.greeted(hello())
+    with pytest.raises(ProtocolError):
+        registry.greeted(hello(session=LATER, binding="0" * 64))
+    registry.check_session("a", SESSION)
+    assert registry.online == ["a"]
+
+
+def test_a_device_that_comes_back_brings_its_newest_record(registry: Registry) -> None:
+    registry.greeted(hello())
+    registry.greeted(hello(session=LATER, device=device("a", examples=9)))
+    assert registry.devices["a"].examples == 9

@@ -1,0 +1,246 @@
+"""The aggregator's configuration file, a run's folder of another run, and what it runs without."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from cloud_aggregator.records import DataRecord, ModelRecord
+from cloud_aggregator.run_folder import RunFolder
+from cloud_aggregator.service import Service, load_service, serve
+from device_profiles.errors import InputError
+from messaging.errors import AddressError
+from quantization.identity import file_sha256
+from tests.cloud_aggregator.conftest import record_of
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "cloud.toml"
+
+CONFIG = """\
+run = "first-run"
+broker = "mqtt://127.0.0.1:1883"
+out = "runs/first-run"
+clients = 2
+minimum_clients = 2
+method = "pwff"
+rounds = 10
+codec = "int8"
+quorum = 0.8
+deadline_seconds = 3600
+"""
+
+
+def write(folder: Path, text: str = CONFIG) -> Path:
+    path = folder / "cloud.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_example_is_a_service() -> None:
+    service = load_service(EXAMPLE)
+    assert (service.method, service.clients, service.codec) == ("pwff", 2, "int8")
+    assert service.grants * service.window < 1000  # what a default mosquitto queues
+
+
+def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
+    text = 'run = "r"\nbroker = "mqtt://127.0.0.1"\nout = "x"\nclients = 3\n'
+    service = load_service(write(tmp_path, text))
+    assert service == Service(run="r", broker="mqtt://127.0.0.1", out=Path("x"), clients=3)
+    assert service.minimum_clients == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("codec =", "codek =", "unknown key 'codek'; did you mean 'codec'?"),
+        ("clients = 2\nmin", "min", "'clients' is missing; add it"),
+        ('broker = "mqtt://127.0.0.1:1883"\n', "", "'broker' is missing"),
+        ('"pwff"', '"pwf"', "unknown method 'pwf'; did you mean 'pwff'?"),
+        ('"int8"', '"int5"', "codec = 'int5'"),
+        ('"first-run"\nbroker', '"First Run"\nbroker', "run = 'First Run'"),
+        ('"first-run"\nbroker', '"a/+/b"\nbroker', "run = 'a/+/b'"),
+        ("clients = 2\nminimum_clients = 2", "clients = 0", "clients = 0"),
+        ("minimum_clients = 2", "minimum_clients = 3", "minimum_clients = 3 is above clients = 2"),
+        ("rounds = 10", "rounds = 0", "rounds = 0"),
+        ("rounds = 10", "rounds = ", "is no valid TOML"),
+        ("0.8", "1.5", "quorum = 1.5"),
+        ("0.8", "nan", "quorum = nan"),
+        ("3600", "inf", "deadline_seconds = inf"),
+        ("3600", "0", "deadline_seconds = 0"),
+        ("3600", '3600\nplacement = "all"', "unknown LoRA placement 'all'"),
+        ("3600", "3600\nlearning_rate = 0", "learning_rate = 0"),
+        ("3600", "3600\nchunk_bytes = 1000", "chunk_bytes = 1000"),
+    ],
+)
+def test_a_mistake_is_told_with_file_key_and_remedy(
+    old: str, new: str, words: str, tmp_path: Path
+) -> None:
+    assert CONFIG.count(old) == 1
+    path = write(tmp_path, CONFIG.replace(old, new))
+    with pytest.raises(InputError) as told:
+        load_service(path)
+    assert words in str(told.value)
+    if "unknown method" not in words and "placement" not in words:
+        assert str(path) in str(told.value)
+
+
+def test_a_configuration_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read"):
+        load_service(tmp_path / "nowhere.toml")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Return a GPT-2 of two blocks and width 8, with weights that nobody computes with."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    config = {"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_positions": 16, "vocab_size": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {"wte.weight": {"dtype": "F32", "shape": [4, 8], "data_offsets": [0, 128]}}
+    head = json.dumps(weights).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(128))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def a_service(checkpoint: Path, **changes: object) -> Service:
+    fields: dict[str, object] = {
+        "run": "trial",
+        "broker": "mqtt://user:secret@127.0.0.1:9",
+        "out": checkpoint.parent / "run",
+        "clients": 1,
+        "model": str(checkpoint),
+        "adapter_size": 4,
+    }
+    return Service.model_validate({**fields, **changes})
+
+
+def refused(service: Service) -> str:
+    """Serve what must be refused before it begins; return the sentence."""
+    with pytest.raises(InputError) as told:
+        serve(service, notify=lambda _event, **_fields: None, on_start=lambda server: server.stop())
+    return str(told.value)
+
+
+def test_a_folder_with_another_run_is_not_gone_on_with(checkpoint: Path) -> None:
+    model = ModelRecord(
+        name="base",
+        parameters=32,
+        layers=2,
+        width=8,
+        sha256=file_sha256(checkpoint / "model.safetensors"),
+        tokenizer_sha256="c" * 64,
+    )
+    folder = RunFolder(checkpoint.parent / "run")
+    for changes in (
+        {"seed": 8},
+        {"run": "other"},
+        {"method": "fedada"},
+        {"model": model.model_copy(update={"sha256": "0" * 64})},
+    ):
+        kept = record_of(**{"model": model, "seed": 7, **changes})
+        folder.write_record(kept)
+        before = folder.record_path.read_bytes()
+        said = refused(a_service(checkpoint, seed=7))
+        assert f"{folder.path} holds the run '{kept.run}'" in said
+        assert "another 'out'" in said
+        assert folder.record_path.read_bytes() == before
+
+
+def test_a_service_that_is_stopped_before_it_begins_has_written_down_what_it_is(
+    checkpoint: Path,
+) -> None:
+    """Nobody is connected to: the run is stopped in the phase in which it waits for devices."""
+    service = a_service(checkpoint)
+    record = serve(
+        service, notify=lambda _event, **_fields: None, on_start=lambda server: server.stop()
+    )
+    assert (record.status, record.stop_reason) == ("stopped", "interrupted")
+    assert record.data == DataRecord(source="the clients' own", examples=0)
+    assert (record.model.layers, record.model.parameters) == (2, 32)
+    config = (service.out / "config.toml").read_text()
+    assert "127.0.0.1:9" in config
+    assert "secret" not in config
+    assert "secret" not in (service.out / "run.json").read_text()
+    # and it goes on from there
+    again = serve(
+        service, notify=lambda _event, **_fields: None, on_start=lambda server: server.stop()
+    )
+    assert again.status == "stopped"
+
+
+def test_a_broker_address_that_is_none_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(AddressError, match="mqtt://HOST:PORT") as told:
+        serve(
+            a_service(checkpoint, broker="127.0.0.1:1883"),
+            notify=lambda _event, **_fields: None,
+            on_start=lambda server: server.stop(),
+        )
+    assert told.value.exit_code == 2
+
+
+def test_a_base_that_is_not_there_is_refused(checkpoint: Path) -> None:
+    assert "nowhere" in refused(a_service(checkpoint, model=str(checkpoint / "nowhere")))
+
+
+def run_python(script: str) -> str:
+    """Run a script in a fresh interpreter; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_aggregator_runs_without_torch(checkpoint: Path) -> None:
+    """Where torch and its companions cannot be imported, a run begins and is stopped."""
+    script = f"""
+        import sys
+
+        class Blocked:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in ("torch", "transformers", "peft", "sklearn"):
+                    raise ImportError(name + " is not installed")
+
+        sys.meta_path.insert(0, Blocked())
+        import cloud_aggregator.cli
+        from cloud_aggregator.service import Service, serve
+
+        service = Service(
+            run="trial", broker="mqtt://127.0.0.1:9", out={str(checkpoint.parent / "run")!r},
+            clients=1, model={str(checkpoint)!r}, adapter_size=4,
+        )
+        record = serve(service, notify=lambda event, **fields: None, on_start=lambda s: s.stop())
+        print(record.status, cloud_aggregator.cli.aggregator.name)
+        """
+    assert run_python(script) == "stopped aggregator"
+    state = RunFolder(checkpoint.parent / "run").global_path(0)
+    assert state.exists()  # the first global state was made without a model
+
+
+def test_the_aggregator_loads_nothing_of_the_device_side() -> None:
+    script = """
+        import sys
+        import cloud_aggregator.cli, cloud_aggregator.server, cloud_aggregator.service
+        heavy = {"torch", "transformers", "peft", "sklearn", "edge_client"}
+        print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
+        """
+    assert run_python(script) == "[]"
+
+
+def test_a_device_loads_nothing_of_the_aggregator() -> None:
+    script = """
+        import sys
+        import edge_client.cli, edge_client.service
+        print([name for name in sys.modules if name.startswith("cloud_aggregator")])
+        """
+    assert run_python(script) == "[]"

@@ -1,0 +1,117 @@
+"""Global states by content: on disk, the newest two in memory, a window of chunks a request."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from cloud_aggregator.run_folder import RunFolder
+from cloud_aggregator.shelf import Shelf
+from device_profiles.errors import InputError
+from messaging.chunks import Chunk, Missing, parse_chunk
+from messaging.codecs import decode_blob
+from messaging.errors import ProtocolError
+from messaging.layout import Layout, TensorSpec
+from messaging.protocol import StateRef, Want
+from tests.cloud_aggregator.conftest import CHUNK, LAYOUT, RUN, SESSION, constant
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(RUN, LAYOUT, RunFolder(tmp_path), CHUNK)
+
+
+def ask(shelf: Shelf, ref: StateRef, missing: Missing | None = None) -> list[Chunk]:
+    """Return the chunks that a request is answered with."""
+    wanted = Missing(ref.chunks) if missing is None else missing
+    sent: list[bytes] = []
+    want = Want(run=RUN, client="a", session=SESSION, blob=ref.blob, missing=wanted.bitmap())
+    shelf.answer(want, sent.append)
+    return [parse_chunk(RUN, packet) for packet in sent]
+
+
+def test_a_state_goes_down_whole_and_says_its_round(shelf: Shelf) -> None:
+    ref = shelf.put(constant(1.5), 3)
+    chunks = ask(shelf, ref)
+    blob = b"".join(chunk.payload for chunk in chunks)
+    assert (len(blob), hashlib.sha256(blob).hexdigest()) == (ref.bytes, ref.blob)
+    head, vector = decode_blob(blob, LAYOUT)
+    assert (head.round, head.sender, head.codec) == (3, "aggregator", "fp32")
+    assert vector.tolist() == constant(1.5).tolist()
+    assert shelf.newest == ref
+    assert shelf.vector is not None
+    assert shelf.vector.tolist() == vector.tolist()
+
+
+def test_a_state_is_in_the_run_folder_under_its_names(shelf: Shelf, tmp_path: Path) -> None:
+    vector = np.arange(LAYOUT.size, dtype=np.float32)
+    shelf.put(vector, 2)
+    tensors = load_file(tmp_path / "global" / "2" / "shared.safetensors")
+    assert set(tensors) == LAYOUT.names
+    assert (
+        tensors["adapters.0.attention.down.weight"].tolist() == vector[:32].reshape(4, 8).tolist()
+    )
+    assert shelf.load(2).tolist() == vector.tolist()
+
+
+def test_the_same_state_put_again_is_the_same_blob(shelf: Shelf) -> None:
+    """A device that has it need not fetch it again from an aggregator that was started again."""
+    assert shelf.put(constant(1.0), 1) == shelf.put(constant(1.0), 1)
+    assert shelf.put(constant(1.0), 1) != shelf.put(constant(1.0), 2)
+
+
+def test_only_what_a_device_lacks_is_sent(shelf: Shelf) -> None:
+    ref = shelf.put(constant(1.0), 1)
+    assert ref.chunks == 3
+    assert [chunk.index for chunk in ask(shelf, ref, Missing(3, {2, 0}))] == [0, 2]
+    assert ask(shelf, ref, Missing(3, set())) == []
+
+
+def test_one_request_brings_a_window_of_eight_chunks(tmp_path: Path) -> None:
+    layout = Layout((TensorSpec(name="long", shape=(4096,)),))
+    long = Shelf(RUN, layout, RunFolder(tmp_path), CHUNK)
+    ref = long.put(constant(1.0, layout), 1)
+    assert ref.chunks == 18  # 16,384 bytes and a header, in pieces of 960
+    assert [chunk.index for chunk in ask(long, ref)] == list(range(8))
+
+
+def test_the_newest_two_states_are_kept(shelf: Shelf) -> None:
+    refs = [shelf.put(constant(float(r)), r) for r in range(3)]
+    assert ask(shelf, refs[2])
+    assert ask(shelf, refs[1])
+    with pytest.raises(ProtocolError, match="not on the shelf") as refusal:
+        ask(shelf, refs[0])
+    assert refusal.value.code == "state"
+    assert shelf.load(0).tolist() == constant(0.0).tolist()  # the disk keeps every round
+
+
+def test_a_request_for_a_chunk_that_there_is_not_is_refused(shelf: Shelf) -> None:
+    ref = shelf.put(constant(1.0), 1)
+    with pytest.raises(ProtocolError) as refusal:
+        ask(shelf, ref, Missing(9, {8}))
+    assert refusal.value.code == "bitmap"
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "shape", "stranger"])
+def test_a_state_that_is_damaged_is_told_by_its_path(
+    damage: str, shelf: Shelf, tmp_path: Path
+) -> None:
+    shelf.put(constant(1.0), 4)
+    path = tmp_path / "global" / "4" / "shared.safetensors"
+    tensors = load_file(path)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-8])
+    elif damage == "shape":
+        name = "adapters.0.mlp.up.bias"
+        save_file({**tensors, name: tensors[name][:-1]}, path)
+    else:
+        save_file({**tensors, "lora_A.weight": np.zeros(3, np.float32)}, path)
+    with pytest.raises(InputError, match="cannot go on") as told:
+        shelf.load(4)
+    assert str(path) in str(told.value)

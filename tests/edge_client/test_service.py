@@ -1,0 +1,343 @@
+"""The client's configuration, and a device that takes part from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from device_profiles.errors import InputError
+from device_profiles.modules import initial_adapters
+from edge_client import service
+from edge_client.host import Host
+from edge_client.service import Client, load_client, take_part
+from edge_client.state import StateStore
+from messaging.chunks import Missing, chunk_count, make_chunk, parse_chunk
+from messaging.codecs import BlobHeader, decode_blob, encode_blob
+from messaging.errors import AddressError
+from messaging.memory import MemoryNetwork
+from messaging.protocol import Channel, Grant, Hello, Manifest, Offer, Preference, StateRef, Want
+from quantization.errors import BaseModelError, HubUnavailableError
+from quantization.identity import BaseIdentity, binding
+from tests.edge_client.conftest import EXAMPLES, WAIT_SECONDS, Cloud, a_task, adapter_layout
+
+NAME = "laptop-1"
+
+
+@pytest.fixture
+def settings(tiny_checkpoint: Path, tmp_path: Path) -> dict[str, Any]:
+    """Return a configuration that works, with ten examples."""
+    data = tmp_path / "rows.jsonl"
+    rows = [{**e.model_dump(exclude_none=True), "category": "simple"} for e in 2 * EXAMPLES]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    return {
+        "run": "trial",
+        "client": NAME,
+        "broker": "mqtt://127.0.0.1:1883",
+        "folder": str(tmp_path / "device"),
+        "profile": "raspberry-pi-5-8gb",
+        "data": str(data),
+        "model": str(tiny_checkpoint),
+        "adapter_size": 4,
+        "chunk_bytes": 8192,
+    }
+
+
+@pytest.fixture
+def write(settings: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
+    """Write the configuration with changes; a value of None takes a key out."""
+
+    def write(**changes: Any) -> Path:
+        values = {k: v for k, v in {**settings, **changes}.items() if v is not None}
+        path = tmp_path / "client.toml"
+        path.write_text("\n".join(f"{k} = {json.dumps(v)}" for k, v in values.items()))
+        return path
+
+    return write
+
+
+class _Network(MemoryNetwork):
+    """A network without a socket that has an address like the broker's."""
+
+    address = "memory"
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> _Network:
+    """Return the network that the service finds at any address."""
+    network = _Network()
+    monkeypatch.setattr(service, "MqttNetwork", lambda _url: network)
+    return network
+
+
+# -- the configuration -----------------------------------------------------------------------------
+
+
+def test_what_is_not_given_has_its_default(write: Callable[..., Path]) -> None:
+    client = load_client(write(model=None, adapter_size=None, chunk_bytes=None))
+    assert client.model == "mini"
+    assert (client.adapter_size, client.placement, client.share) == (10, "qkv", "adapters")
+    assert (client.lora_count, client.lora_rank, client.threads) == (None, None, 1)
+    assert (client.channel, client.chunk_bytes) == ("profile", 122_880)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"lora_count": 11}, r"client\.toml: lora_count = 11; choose 12 to 36"),
+        ({"lora_count": 37}, r"client\.toml: lora_count = 37; choose 12 to 36"),
+        ({"lora_count": 0}, r"client\.toml: lora_count = 0; choose 12 to 36"),
+        ({"lora_count": "many"}, r"client\.toml: lora_count = 'many'"),
+        ({"run": None}, r"client\.toml: 'run' is missing; add it"),
+        ({"run": "a/b"}, r"client\.toml: run = 'a/b'"),
+        ({"client": "Laptop 1"}, r"client\.toml: client = 'Laptop 1'"),
+        ({"lora_counts": 12}, r"unknown key 'lora_counts'; did you mean 'lora_count'"),
+        ({"precision": "int8"}, r"client\.toml: precision = 'int8'"),
+        ({"share": "everything"}, r"client\.toml: share = 'everything'"),
+        ({"adapter_size": 0}, r"client\.toml: adapter_size = 0"),
+        ({"helpfulness": 1.5}, r"client\.toml: helpfulness = 1\.5"),
+        ({"held_out_share": 1.0}, r"client\.toml: held_out_share = 1\.0"),
+        ({"chunk_bytes": 1000}, r"client\.toml: chunk_bytes = 1000"),
+        ({"threads": 0}, r"client\.toml: threads = 0"),
+    ],
+)
+def test_a_configuration_that_is_wrong_is_refused_by_name(
+    write: Callable[..., Path], changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        load_client(write(**changes))
+
+
+def test_a_configuration_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot read .*nowhere\.toml"):
+        load_client(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "sentence"),
+    [
+        (
+            {"profile": "raspberry-pi-6"},
+            InputError,
+            "unknown device profile 'raspberry-pi-6'; did you mean 'raspberry-pi-5-8gb'",
+        ),
+        ({"profile": "mine.toml"}, InputError, r"cannot read mine\.toml"),
+        ({"data": "nowhere.jsonl"}, InputError, r"data file nowhere\.jsonl: No such file"),
+        ({"model": "/nowhere/base"}, BaseModelError, "model '/nowhere/base': no such folder"),
+        ({"placement": "wild"}, InputError, "unknown LoRA placement 'wild'; did you mean 'wide'"),
+        ({"adapter_size": 17}, InputError, "adapter size 17; choose 1 to 16"),
+        ({"lora_rank": 17}, InputError, "LoRA rank 17; choose 1 to 16"),
+        ({"lora_rank": 0}, InputError, "LoRA rank 0; choose 1 to 16"),
+    ],
+)
+def test_what_the_configuration_names_must_be_there_and_fit(
+    write: Callable[..., Path],
+    network: _Network,
+    changes: dict[str, Any],
+    error: type[Exception],
+    sentence: str,
+) -> None:
+    del network
+    client = load_client(write(**changes))
+    with pytest.raises(error, match=sentence) as raised:
+        take_part(client, lambda _host: pytest.fail("it must not come so far"))
+    assert getattr(raised.value, "exit_code", None) == 2
+
+
+def test_an_address_that_is_none_is_refused(write: Callable[..., Path]) -> None:
+    with pytest.raises(AddressError, match="broker address 'http://cloud' is no MQTT address"):
+        take_part(load_client(write(broker="http://cloud")), lambda _host: None)
+
+
+def test_a_model_on_a_hub_that_is_not_there_is_a_failure_with_a_remedy(
+    write: Callable[..., Path],
+    network: _Network,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    del network
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(HubUnavailableError, match="give a checkpoint folder or 'mini'"):
+        take_part(load_client(write(model="somebody/gpt2-of-theirs")), lambda _host: None)
+
+
+# -- taking part -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def taking_part(client: Client) -> Iterator[Future[list[str]]]:
+    """Let a client take part for as long as the block lasts."""
+    hosts: list[Host] = []
+    started = threading.Event()
+
+    def on_start(host: Host) -> None:
+        hosts.append(host)
+        started.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(take_part, client, on_start)
+        try:
+            yield future
+        finally:
+            if started.wait(WAIT_SECONDS):
+                hosts[0].stop()
+
+
+def a_manifest(identity: BaseIdentity, **changes: Any) -> Manifest:
+    """Return the manifest of a run on the tiny base."""
+    fields: dict[str, Any] = {
+        "run": "trial",
+        "session": "0" * 16,
+        "method": "pwff",
+        "stage": "instruction",
+        "state": None,
+        "binding": binding(identity, "qkv"),
+        "layout": adapter_layout(identity).sha256,
+    }
+    return Manifest(**{**fields, **changes})
+
+
+def test_a_device_says_what_its_profile_its_data_and_its_base_make_of_it(
+    write: Callable[..., Path], network: _Network, identity: BaseIdentity
+) -> None:
+    cloud = Cloud(network)
+    with taking_part(load_client(write(helpfulness=0.3))) as result:
+        hello = cloud.hear(Hello)
+        cloud.say(NAME, a_task(NAME, work="stop"))
+        assert result.result(WAIT_SECONDS) == []
+    assert hello.binding == binding(identity, "qkv")
+    assert hello.layout == adapter_layout(identity).sha256
+    device = hello.device
+    assert device is not None
+    assert (device.id, device.profile, device.costs) == (NAME, "raspberry-pi-5-8gb", "measured")
+    assert (device.lora_count, device.placement) == (12, "qkv")
+    assert (device.lora_rank, device.lora_rank_rule) == (2, "proportional")  # 96 * 16 / 768
+    assert (device.adapter_count, device.adapter_size) == (36, 4)
+    shared = 36 * (2 * 16 * 4 + 16 + 4)
+    assert device.shared_parameters == shared
+    assert device.trainable_parameters == shared + 12 * 2 * (16 + 16)
+    assert device.base_bytes == 4 * identity.parameters
+    assert (device.examples, device.held_out_examples) == (8, 2)  # a fifth of ten is held out
+    assert device.categories == {"simple": 10}
+    assert device.preference == Preference(helpfulness=0.3, harmlessness=0.7)
+    assert device.channel == Channel(
+        snr_db=2.0,
+        bandwidth_hz=1e6,
+        transmit_watts=0.5,
+        fading="rayleigh",
+        coherence_seconds=0.01,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"lora_count": 25}, {"lora_count": 25}),
+        ({"lora_rank": 5}, {"lora_rank": 5, "lora_rank_rule": "given"}),
+        ({"share": "nothing"}, {"shared_parameters": 0, "adapter_count": 36}),
+        (
+            {"channel": "paper"},
+            {
+                "channel": Channel(
+                    snr_db=5.0,
+                    bandwidth_hz=1e6,
+                    transmit_watts=1.0,
+                    fading="rayleigh",
+                    coherence_seconds=0.01,
+                )
+            },
+        ),
+        ({"profile": "laptop-x86-cpu"}, {"lora_count": 36}),
+    ],
+)
+def test_a_device_is_what_its_configuration_says(
+    write: Callable[..., Path],
+    network: _Network,
+    changes: dict[str, Any],
+    expected: dict[str, Any],
+) -> None:
+    cloud = Cloud(network)
+    with taking_part(load_client(write(**changes))):
+        device = cloud.hear(Hello).device
+    assert device is not None
+    assert {key: getattr(device, key) for key in expected} == expected
+
+
+def test_a_device_trains_from_the_global_state_and_keeps_its_own_in_a_folder_for_the_run(
+    write: Callable[..., Path], network: _Network, identity: BaseIdentity, tmp_path: Path
+) -> None:
+    cloud, layout = Cloud(network), adapter_layout(identity)
+    start = layout.pack(initial_adapters(identity.shape, 4, seed=7))
+    header = BlobHeader(
+        run="trial",
+        round=0,
+        sender="aggregator",
+        codec="fp32",
+        layout=layout.sha256,
+        examples=0,
+    )
+    state = encode_blob(start, layout, header)
+    ref = StateRef(
+        round=0,
+        blob=hashlib.sha256(state).hexdigest(),
+        bytes=len(state),
+        chunk_bytes=8192,
+        chunks=chunk_count(len(state), 8192),
+    )
+    with taking_part(load_client(write())) as result:
+        cloud.hear(Hello)
+        cloud.say(NAME, a_task(NAME, state=ref))
+        want = cloud.hear(Want)
+        for index in Missing.from_bitmap(want.missing, ref.chunks).indices:
+            cloud.send(NAME, make_chunk("trial", ref.blob, state, index, 8192))
+        offer = cloud.hear(Offer)
+        missing = Missing(offer.chunks).bitmap()
+        cloud.say(
+            NAME,
+            Grant(
+                run="trial",
+                client=NAME,
+                blob=offer.blob,
+                missing=missing,
+                window=8,
+                expiry_seconds=30.0,
+            ),
+        )
+        chunks = [parse_chunk("trial", cloud.hear_chunk()) for _ in range(offer.chunks)]
+        cloud.say(NAME, a_task(NAME, work="stop"))
+        assert result.result(WAIT_SECONDS) == []
+    blob = b"".join(c.payload for c in sorted(chunks, key=lambda c: c.index))
+    header, update = decode_blob(blob, layout)
+    assert (header.sender, header.examples) == (NAME, 8)
+    assert np.count_nonzero(update) == layout.size
+    assert offer.costs.compute_seconds > 0
+    kept = StateStore(tmp_path / "device" / "trial").load(1)
+    assert len(kept.personal) == 24
+    assert [p.name for p in (tmp_path / "device").iterdir()] == ["trial"]
+
+
+def test_a_device_on_another_base_says_why_it_gave_up(
+    write: Callable[..., Path], network: _Network, identity: BaseIdentity
+) -> None:
+    Cloud(network).post(a_manifest(identity, binding=binding(identity, "wide")))
+    with taking_part(load_client(write())) as result:
+        (reason,) = result.result(WAIT_SECONDS)
+    assert reason.startswith("laptop-1: the run is built on another base, tokenizer or LoRA")
+
+
+def test_a_device_with_adapters_of_another_size_says_why_it_gave_up(
+    write: Callable[..., Path], network: _Network, identity: BaseIdentity
+) -> None:
+    Cloud(network).post(a_manifest(identity))
+    with taking_part(load_client(write(adapter_size=5))) as result:
+        (reason,) = result.result(WAIT_SECONDS)
+    assert "shares other tensors than this device" in reason

@@ -22,7 +22,6 @@ help: ## list the targets
 
 demo: $(STAMP) ## run a fleet of emulated devices over MQTT, with all defaults, and name the report
 	$(BIN)/pwff emulate
-	@ls -t runs/report.html runs/*/report.html 2>/dev/null | head -n 1 | sed 's/^/Report: /'
 
 test: $(STAMP) ## run every test
 	$(BIN)/python -m pytest

@@ -22,6 +22,8 @@ COMMANDS = {
     "pretrain": ("edge_client.cli", "train a small GPT-2 base from text files"),
 }
 
+EXTRAS = frozenset({"torch", "transformers", "peft", "sklearn", "tokenizers"})
+
 
 class _Lazy(click.Group):
     """Subcommands that are imported when they are called, not before."""
@@ -64,6 +66,12 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
+    except ModuleNotFoundError as err:
+        missing = (err.name or "").partition(".")[0]
+        if missing not in EXTRAS:
+            raise
+        click.echo(f"error: {missing} is not installed: pip install 'pwff[edge]'", err=True)
+        sys.exit(1)
     except Exception as err:
         exit_code = getattr(err, "exit_code", None)
         if not isinstance(exit_code, int):

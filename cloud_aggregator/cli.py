@@ -37,9 +37,9 @@ class _InterruptedError(Exception):
     exit_code = INTERRUPTED
 
 
-def _start_logging(verbose: int) -> None:
+def _start_logging(verbose: int, console: Console) -> None:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    handler = RichHandler(console=console, show_path=False)
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
 
 
@@ -89,13 +89,19 @@ def stop_on_signals(aggregator: Aggregator) -> None:
 @click.option(
     "--patience", type=int, metavar="N", help="Rounds without it until the end (0: never)."
 )
+@click.option("--held-out-share", type=float, metavar="X", help="Of each client's rows (0.2).")
+@click.option("--threads", type=int, metavar="N", help="A client computes with; the bits' (1).")
+@click.option(
+    "--chunk-bytes", type=int, metavar="N", help="Of a message, header included (122880)."
+)
 @click.option("--engine", metavar="local", help="Where clients are emulated.")
 @click.option("--workers", type=int, metavar="N", help="Processes (default: one a core).")
 @click.option(
     "--transport", metavar="mqtt|memory", help="A real broker, or no socket at all (mqtt)."
 )
 @click.option("--broker", metavar="URL", help="mqtt://HOST:PORT; default: one is started here.")
-@click.option("--broker-wait-seconds", type=float, metavar="S", help="For that broker (10).")
+@click.option("--broker-port", type=int, metavar="PORT", help="Of that one (default: a free one).")
+@click.option("--broker-wait-seconds", type=float, metavar="S", help="For a given broker (10).")
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder (default runs/...).")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON at the end.")
@@ -115,7 +121,8 @@ def emulate(
     """
     from cloud_aggregator.emulation.emulate import emulate as run_emulation
 
-    _start_logging(verbose)
+    console = Console(stderr=as_json)
+    _start_logging(verbose, console)
     given = {k: v for k, v in options.items() if v is not None}
     if resume and out is None:
         raise InputError("--resume goes on with the run in --out; name its folder")
@@ -124,14 +131,16 @@ def emulate(
     chosen = load_experiment(experiment, given)
     if out is None:
         now = datetime.datetime.now().astimezone()
-        out = Path("runs") / f"{chosen.run_name}-{now:%Y%m%d-%H%M%S}"
-    console = Console(stderr=as_json)
+        out = Path("runs") / f"{chosen.method}-{chosen.seed}-{now:%Y%m%d-%H%M%S}"
     with ProgressView(console, chosen.rounds) as view:
         record = run_emulation(chosen, out, resume=resume, notify=view, on_start=stop_on_signals)
-    return _close(console, record, RunFolder(out), as_json=as_json)
+    remedy = f"go on with --resume --out {out}"
+    return _close(console, record, RunFolder(out), remedy=remedy, as_json=as_json)
 
 
-def _close(console: Console, record: RunRecord, folder: RunFolder, *, as_json: bool) -> int:
+def _close(
+    console: Console, record: RunRecord, folder: RunFolder, *, remedy: str, as_json: bool
+) -> int:
     """Show what came of a run; return its exit code."""
     from cloud_aggregator.reports.build import write_report
 
@@ -144,8 +153,7 @@ def _close(console: Console, record: RunRecord, folder: RunFolder, *, as_json: b
         click.echo(json.dumps({"out": str(folder.path), **record.summary.model_dump()}))
     if record.status == "stopped":
         raise _InterruptedError(
-            f"interrupted after {len(record.rounds)} rounds, everything is kept; go on with "
-            f"--resume --out {folder.path}"
+            f"interrupted after {len(record.rounds)} rounds, everything is kept; {remedy}"
         )
     return 0
 
@@ -159,12 +167,13 @@ def aggregator(path: Path, verbose: int) -> int:
     """Run the cloud side of a run until it is done or stopped; it resumes where it was."""
     from cloud_aggregator.service import load_service, serve
 
-    _start_logging(max(1, verbose))
-    service = load_service(path)
     console = Console()
+    _start_logging(max(1, verbose), console)
+    service = load_service(path)
     with ProgressView(console, service.rounds) as view:
         record = serve(service, notify=view, on_start=stop_on_signals)
-    return _close(console, record, RunFolder(service.out), as_json=False)
+    remedy = f"start it again with --config {path}"
+    return _close(console, record, RunFolder(service.out), remedy=remedy, as_json=False)
 
 
 @click.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,12 +14,13 @@ from device_profiles.config_files import Config, check, choose, read_toml
 from device_profiles.errors import InputError
 from device_profiles.modules import PLACEMENTS
 from messaging.chunks import CHUNK_BYTES
+from messaging.mqtt import parse_address
 from messaging.protocol import Codec
 
 Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 
 #: Settings that change how a run is done and not what comes of it; a resumed run may change them.
-HOW = frozenset({"workers", "transport", "broker", "broker_wait_seconds", "rounds"})
+HOW = frozenset({"workers", "transport", "broker", "broker_port", "broker_wait_seconds", "rounds"})
 
 
 class Experiment(Config):
@@ -41,6 +44,7 @@ class Experiment(Config):
         deadline_seconds: Modelled seconds after which a round ends.
         epsilon: Nats by which the held-out loss must improve to count.
         patience: Rounds without improvement until training has converged; 0 for never.
+        broker_port: Of the embedded broker; by default a free one.
         threads: Processor threads a client computes with; part of what the bits depend on.
         workers: Processes that host clients; 0 for one a core.
     """
@@ -79,12 +83,15 @@ class Experiment(Config):
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     transport: Literal["mqtt", "memory"] = "mqtt"
     broker: str | None = None
+    broker_port: Annotated[int, Field(ge=1, le=65_535)] | None = None
     broker_wait_seconds: Annotated[float, Field(gt=0, le=3600)] = 10.0
 
     @property
     def run_name(self) -> str:
-        """The run's name in topics and update headers."""
-        return f"{self.method}-{self.seed}"
+        """The run's name in topics and update headers: the same for the same outcome."""
+        said = {k: v for k, v in stored(self).items() if k not in HOW}
+        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        return f"{self.method}-{self.seed}-{digest[:6]}"
 
 
 def load_experiment(path: Path | None, options: dict[str, Any]) -> Experiment:
@@ -105,12 +112,17 @@ def load_experiment(path: Path | None, options: dict[str, Any]) -> Experiment:
         )
     if experiment.transport == "memory" and experiment.broker is not None:
         raise InputError("a broker is given with transport 'memory'; leave one of them out")
+    if experiment.broker is not None and experiment.broker_port is not None:
+        raise InputError("broker_port is of the embedded broker, and a broker is given; choose one")
     return experiment
 
 
 def stored(experiment: Experiment) -> dict[str, Any]:
-    """Return the experiment as TOML can hold it: what is not given is left out."""
-    return experiment.model_dump(exclude_none=True)
+    """Return the experiment as TOML can hold it: what is not given, and secrets, are left out."""
+    values = experiment.model_dump(exclude_none=True)
+    if experiment.broker is not None:
+        values["broker"] = str(parse_address(experiment.broker))
+    return values
 
 
 def check_same(kept: dict[str, Any], wanted: Experiment) -> None:

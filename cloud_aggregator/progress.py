@@ -44,7 +44,8 @@ def nats(value: float | None) -> str:
 
 @dataclass
 class _Row:
-    device: DeviceRecord | None = None
+    profile: str = ""
+    lora_count: int = 0
     doing: str = ""
     before: float | None = None
     accuracy: float | None = None
@@ -57,7 +58,6 @@ class _View:
     rows: dict[str, _Row] = field(default_factory=dict)
     round: int = 0
     bytes_up: int = 0
-    line: str = ""
 
 
 class ProgressView:
@@ -110,10 +110,7 @@ class ProgressView:
             self._live.update(self._draw())
 
     def _say(self, line: str) -> None:
-        if self._live is None:
-            self._console.print(line, highlight=False, soft_wrap=True)
-        else:
-            self._view.line = line
+        self._console.print(line, highlight=False, soft_wrap=True)  # above the live view
 
     def _row(self, client: str) -> _Row:
         return self._view.rows.setdefault(client, _Row())
@@ -122,7 +119,10 @@ class ProgressView:
         self, record: RunRecord, clients: list[DeviceRecord], broken: list[tuple[int, str]]
     ) -> None:
         for device in clients:
-            self._row(device.id).device = device
+            row = self._row(device.id)
+            row.profile, row.lora_count = device.profile, device.lora_count
+        for measured in record.before:
+            self._row(measured.id).before = measured.eval_accuracy
         self._advance(len(record.rounds))
         for number, reason in broken[:3]:
             self._console.print(f"data: line {number} left out: {reason}", highlight=False)
@@ -136,8 +136,10 @@ class ProgressView:
             f"starting {record.workers} worker(s)"
         )
 
-    def _on_hello(self, client: str, online: bool) -> None:
-        self._row(client).doing = "ready" if online else "left"
+    def _on_hello(self, client: str, online: bool, profile: str, lora_count: int) -> None:
+        row = self._row(client)
+        row.doing = "ready" if online else "left"
+        row.profile, row.lora_count = profile or row.profile, lora_count or row.lora_count
 
     def _on_task(self, work: str, round: int, clients: list[str]) -> None:
         self._view.round = round
@@ -198,11 +200,10 @@ class ProgressView:
                 name, justify="left" if name in ("client", "device", "doing") else "right"
             )
         for client, row in sorted(self._view.rows.items()):
-            device = row.device
             table.add_row(
                 client,
-                device.profile if device else "",
-                str(device.lora_count) if device else "",
+                row.profile,
+                str(row.lora_count),
                 row.doing,
                 nats(row.train_loss),
                 nats(row.loss),
@@ -210,7 +211,7 @@ class ProgressView:
                 percent(row.before),
             )
         sent = Text(f"{human_bytes(self._view.bytes_up)} of updates received")
-        return Group(table, Text(self._view.line), sent, self._bar)
+        return Group(table, sent, self._bar)
 
 
 def closing_table(record: RunRecord) -> Table:

@@ -12,9 +12,11 @@ class Registry:
     Args:
         binding: Hash of base, tokenizer and placement that the run is built on.
         layout: Hash of the shared tensors.
+        known: The only devices that may take part; by default any that fits.
     """
 
-    def __init__(self, *, binding: str, layout: str) -> None:
+    def __init__(self, *, binding: str, layout: str, known: frozenset[str] | None = None) -> None:
+        self._known = known
         self._binding = binding
         self._layout = layout
         self._sessions: dict[str, str] = {}
@@ -31,6 +33,8 @@ class Registry:
             if self._sessions.get(hello.client) == hello.session:
                 self._online.discard(hello.client)
             return False
+        if self._known is not None and hello.client not in self._known:
+            raise ProtocolError("identity", f"'{hello.client}' is no client of this run")
         if hello.binding != self._binding:
             raise ProtocolError(
                 "base",

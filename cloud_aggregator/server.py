@@ -114,7 +114,9 @@ class Aggregator:
             deliver=lambda topic, payload: self._inbox.put((topic, payload)),
             connected=lambda: self._inbox.put(("", b"")),
         )
-        self._registry = Registry(binding=settings.binding, layout=settings.layout.sha256)
+        self._registry = Registry(
+            binding=settings.binding, layout=settings.layout.sha256, known=settings.known_clients
+        )
         self._shelf = Shelf(settings.run, settings.layout, folder, settings.chunk_bytes)
         self._tasks: dict[str, Task] = {}
         self._reports: dict[str, Report] = {}
@@ -147,7 +149,7 @@ class Aggregator:
             self._close_record("running", None)
             self._restore()
             self._gather()
-            if not self.record.before:
+            if not self.record.before and not self.record.rounds:
                 self._before()
             while not (reason := self._stop_reason()):
                 self._do_round(len(self.record.rounds) + 1)
@@ -300,7 +302,7 @@ class Aggregator:
         missing = [i for i in cohort if i not in intake.contributions]
         self._assign("train", number, missing, outcomes)
         if settings.virtual_time:
-            if not self._pump(lambda: intake.answered, settings.patience_seconds):
+            if not self._outlast(lambda: intake.answered, lambda: len(intake.silent())):
                 raise self._silence(intake.silent(), f"no update of round {number}")
             intake.settle()
         else:
@@ -337,10 +339,21 @@ class Aggregator:
         def complete() -> bool:
             return all(i in self._reports or not waited_for(i) for i in asked)
 
-        if not self._pump(complete, settings.patience_seconds) and settings.virtual_time:
+        if not settings.virtual_time:
+            self._pump(complete, settings.patience_seconds)
+        elif not self._outlast(complete, lambda: len(self._reports)):
             raise self._silence(sorted(set(asked) - set(self._reports)), "no held-out results")
         self._tasks.clear()
         return dict(self._reports)
+
+    def _outlast(self, done: Callable[[], bool], progress: Callable[[], int]) -> bool:
+        """Take what arrives until ``done`` holds; give up once nothing changes for too long."""
+        seen = -1
+        while not self._pump(done, self.settings.patience_seconds):
+            if progress() == seen:
+                return False
+            seen = progress()
+        return True
 
     def _silence(self, silent: list[str], what: str) -> RunFailedError:
         return RunFailedError(
@@ -542,7 +555,14 @@ class Aggregator:
                 ),
             )
             raise
-        self._notify("hello", client=hello.client, online=hello.online)
+        device = self._registry.devices.get(hello.client)
+        self._notify(
+            "hello",
+            client=hello.client,
+            online=hello.online,
+            profile=device.profile if device else "",
+            lora_count=device.lora_count if device else 0,
+        )
         if there and self._finished:
             self._send_stop(hello.client, self.record.stop_reason or "")
         elif there and hello.client in self._tasks:

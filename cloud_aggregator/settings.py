@@ -24,6 +24,7 @@ class RunSettings:
         virtual_time: Whether arrival is the devices' modelled time (emulation) or this clock's.
         patience_seconds: In emulation, how long the run waits for its own workers before it fails;
             in deployment, how long it waits for held-out results.
+        known_clients: The only devices that may take part; without it, any that fits.
         epsilon: Nats by which the held-out loss must improve to count.
         patience: Rounds without improvement after which training has converged; 0 for never.
     """
@@ -50,4 +51,5 @@ class RunSettings:
     patience_seconds: float
     epsilon: float
     patience: int
+    known_clients: frozenset[str] | None = None
     limits: UploadLimits = field(default_factory=UploadLimits)

@@ -158,6 +158,11 @@ class Agent:
                 "the run is built on another base, tokenizer or LoRA placement than this device; "
                 "give this device the run's model and placement"
             )
+        elif manifest.method != self.local.setup.method:
+            self._fail(
+                f"the run's method is '{manifest.method}' and this device's is "
+                f"'{self.local.setup.method}'; give this device the run's"
+            )
         elif manifest.layout != self.local.setup.layout.sha256:
             self._fail(
                 "the run shares other tensors than this device; compare the method's settings"

@@ -46,6 +46,7 @@ def client(path: Path, verbose: bool) -> int:
     def on_start(host: Host) -> None:
         def stop(_signal: int, _frame: object) -> None:
             stopped.set()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends it
             host.stop()
 
         signal.signal(signal.SIGINT, stop)

@@ -52,6 +52,7 @@ class Setup:
 
     run: str
     layout: Layout
+    method: str = "pwff"
     placement: str
     adapter_size: int
     lora_rank: int

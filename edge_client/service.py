@@ -12,24 +12,18 @@ from pydantic import Field
 from device_profiles.channel import PAPER_LINK, profile_link
 from device_profiles.config_files import Config, load
 from device_profiles.fleet import check_lora_count
-from device_profiles.modules import (
-    adapter_sites,
-    adapter_tensors,
-    first_lora_sites,
-    lora_rank,
-    lora_sites,
-    lora_tensors,
-)
+from device_profiles.methods import find_method
+from device_profiles.modules import lora_sites
 from device_profiles.profile import find_profile
 from edge_client.data.instructions import load_instructions
 from edge_client.data.partition import partition
+from edge_client.device_record import Modules, describe_device
 from edge_client.host import Host
 from edge_client.local_client import LocalClient, Setup
 from edge_client.peft.tuned_model import TunedModel
 from messaging.chunks import CHUNK_BYTES
-from messaging.layout import Layout, TensorSpec
 from messaging.mqtt import MqttNetwork
-from messaging.protocol import Channel, DeviceRecord, Identifier, Preference
+from messaging.protocol import Identifier
 from quantization.base_model import load_base, set_threads
 from quantization.identity import BaseIdentity, binding, identify
 
@@ -46,7 +40,7 @@ class Client(Config):
         folder: Where the device keeps what never leaves it, in a folder for each run.
         profile: What the device is: a name of the catalog or a TOML file.
         lora_count: 12 to 36, instead of the profile's.
-        share: What the run shares: ``adapters`` (pwff) or ``nothing`` (local-only).
+        method: The run's: which modules train here, and which of them travel.
         held_out_share: Of the device's examples, where the data does not say itself.
         helpfulness: The user's preference; harmlessness has the rest.
         threads: Processor threads.
@@ -60,7 +54,7 @@ class Client(Config):
     data: str
     model: str = "mini"
     precision: Literal["auto", "fp32"] = "auto"
-    share: Literal["adapters", "nothing"] = "adapters"
+    method: str = "pwff"
     placement: str = "qkv"
     adapter_size: Annotated[int, Field(ge=1, le=4096)] = 10
     lora_count: int | None = None
@@ -80,6 +74,7 @@ def load_client(path: Path) -> Client:
         InputError: Naming file, key, value and remedy.
     """
     client = load(Client, path)
+    find_method(client.method)
     if client.lora_count is not None:
         check_lora_count(client.lora_count, f"{path}: lora_count")
     return client
@@ -107,16 +102,16 @@ def take_part(client: Client, on_start: Callable[[Host], None]) -> list[str]:
 
 def _local_client(client: Client, identity: BaseIdentity) -> LocalClient:
     shape = identity.shape
+    method = find_method(client.method)
     profile = find_profile(client.profile)
-    rank, rule = lora_rank(shape, client.lora_rank)
-    count = client.lora_count or min(profile.lora_count, len(lora_sites(shape, client.placement)))
-    sites = first_lora_sites(shape, client.placement, count)
-    tensors = adapter_tensors(shape, client.adapter_size)
-    layout = Layout(
-        tuple(TensorSpec(name=t.name, shape=t.shape, scale_axis=t.bottleneck_axis) for t in tensors)
-        if client.share == "adapters"
-        else ()
+    modules = Modules(
+        method=method,
+        identity=identity,
+        adapter_size=client.adapter_size,
+        placement=client.placement,
+        rank=client.lora_rank,
     )
+    afforded = min(profile.lora_count, len(lora_sites(shape, client.placement)))
     dataset = load_instructions(client.data)
     for line, reason in dataset.broken:
         log.warning("data: line %d left out: %s", line, reason)
@@ -130,49 +125,32 @@ def _local_client(client: Client, identity: BaseIdentity) -> LocalClient:
         seed=client.seed,
     )
     link = PAPER_LINK if client.channel == "paper" else profile_link(profile.radio)
-    device = DeviceRecord(
-        id=client.client,
+    device = describe_device(
+        modules,
+        part,
+        link,
+        client=client.client,
         profile=profile.name,
-        lora_count=count,
-        lora_rank=rank,
-        lora_rank_rule="given" if rule == "given" else "proportional",
-        adapter_count=len(adapter_sites(shape)),
-        adapter_size=client.adapter_size,
-        placement=client.placement,
-        precision="fp32",
+        lora_count=client.lora_count or afforded,
         threads=client.threads,
-        base_bytes=identity.base_bytes,
-        examples=len(part.train),
-        held_out_examples=len(part.held_out),
-        categories=part.groups,
-        trainable_parameters=sum(t.size for t in [*tensors, *lora_tensors(sites, rank)]),
-        shared_parameters=layout.size,
-        preference=Preference(
-            helpfulness=client.helpfulness, harmlessness=round(1 - client.helpfulness, 6)
-        ),
-        channel=Channel(
-            snr_db=link.snr_db,
-            bandwidth_hz=link.bandwidth_hz,
-            transmit_watts=link.transmit_watts,
-            fading=link.fading,
-            coherence_seconds=link.coherence_seconds,
-        ),
+        helpfulness=client.helpfulness,
         costs="measured",
     )
     model = TunedModel(
         load_base(identity),
-        adapter_size=client.adapter_size,
+        adapter_size=device.adapter_size,
         placement=client.placement,
-        lora_count=count,
-        lora_rank=rank,
+        lora_count=device.lora_count,
+        lora_rank=device.lora_rank,
     )
     return LocalClient(
         Setup(
             run=client.run,
-            layout=layout,
+            method=client.method,
+            layout=modules.layout(),
             placement=client.placement,
             adapter_size=client.adapter_size,
-            lora_rank=rank,
+            lora_rank=device.lora_rank,
             chunk_bytes=client.chunk_bytes,
         ),
         model,

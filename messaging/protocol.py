@@ -186,7 +186,8 @@ class StateRef(Record):
 class Task(_Message):
     """One piece of work for one device: install ``state``, then train or evaluate, or stop.
 
-    ``outcome`` says what became of the device's update of ``round`` (evaluate only).
+    ``outcome`` says what became of the device's last update: of ``round`` when it evaluates, of the
+    round before when it trains.
     """
 
     kind: Literal["TASK"] = "TASK"

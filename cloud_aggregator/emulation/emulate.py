@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from messaging.broker import embedded_broker
 from messaging.memory import MemoryNetwork
 from messaging.mqtt import MqttNetwork
 from messaging.transport import Network
+from quantization.errors import MissingExtraError
 from quantization.identity import BaseIdentity, binding, identify
 
 _GATHER_SECONDS = 300.0
@@ -59,6 +61,7 @@ def emulate(
         BrokerUnavailableError: If the broker does not answer.
         RunFailedError: If the run cannot go on.
     """
+    require_edge()
     folder = RunFolder(out)
     _check_folder(folder, experiment, resume=resume)
     identity = identify(experiment.model)
@@ -93,11 +96,11 @@ def emulate(
             memory=lambda: pool[0].memory() if pool else psutil.Process().memory_info().rss,
         )
         on_start(aggregator)
-        specs = _worker_specs(planned, url)
+        specs = _worker_specs(planned)
         if url is None:
             stack.enter_context(_in_this_process(specs[0], network, aggregator))
         else:
-            pool.append(WorkerPool(specs, folder.path / "workers", aggregator.fail))
+            pool.append(WorkerPool(specs, url, folder.path / "workers", aggregator.fail))
             stack.callback(pool[0].close)
         return aggregator.run()
 
@@ -128,6 +131,21 @@ def _check_folder(folder: RunFolder, experiment: Experiment, *, resume: bool) ->
     check_same(read_toml(folder.path / "config.toml").get("experiment", {}), experiment)
 
 
+def _check_unchanged(record: RunRecord, planned: _Planned) -> None:
+    """Refuse to resume on another base, tokenizer or data than the run began with."""
+    pairs = {
+        "model": (record.model.sha256, planned.identity.sha256),
+        "tokenizer": (record.model.tokenizer_sha256, planned.identity.tokenizer_sha256),
+        "data": (record.data.sha256, planned.dataset.sha256),
+    }
+    for name, (then, now) in pairs.items():
+        if then != now:
+            raise InputError(
+                f"the {name} is not what the run in {planned.folder.path} began with (its hash "
+                "changed); put it back, or start a new run in another --out"
+            )
+
+
 def _worker_count(experiment: Experiment) -> int:
     if experiment.transport == "memory":
         return 1
@@ -140,6 +158,7 @@ def _record(planned: _Planned, *, resume: bool) -> RunRecord:
     experiment, dataset = planned.experiment, planned.dataset
     if resume:
         record = read_record(planned.folder.path)
+        _check_unchanged(record, planned)
         record.workers, record.transport = planned.workers, experiment.transport
         return record
     return RunRecord(
@@ -202,6 +221,7 @@ def _settings(planned: _Planned) -> RunSettings:
         chunk_bytes=experiment.chunk_bytes,
         rules=RoundRules(quorum=experiment.quorum, deadline_seconds=experiment.deadline_seconds),
         virtual_time=True,
+        known_clients=frozenset(c.device.id for c in planned.fleet.clients),
         patience_seconds=_PATIENCE_SECONDS,
         epsilon=experiment.epsilon,
         patience=experiment.patience,
@@ -218,11 +238,11 @@ def _network(experiment: Experiment) -> Iterator[tuple[Network, str | None]]:
         network.require(experiment.broker_wait_seconds)
         yield network, experiment.broker
     else:
-        with embedded_broker() as url:
+        with embedded_broker(port=experiment.broker_port) as url:
             yield MqttNetwork(url), url
 
 
-def _worker_specs(planned: _Planned, url: str | None) -> list[WorkerSpec]:
+def _worker_specs(planned: _Planned) -> list[WorkerSpec]:
     """Deal the clients out, heaviest first, to the worker with the least to do."""
     experiment = planned.experiment
     shares: list[list[ClientSpec]] = [[] for _ in range(planned.workers)]
@@ -248,11 +268,24 @@ def _worker_specs(planned: _Planned, url: str | None) -> list[WorkerSpec]:
             threads=experiment.threads,
             chunk_bytes=experiment.chunk_bytes,
             method=experiment.method,
-            broker=url,
             clients=sorted(share, key=lambda c: c.device.id),
         )
         for share in shares
     ]
+
+
+def require_edge() -> None:
+    """Say what to install where the packages that train are not there.
+
+    Raises:
+        MissingExtraError: Naming the extra.
+    """
+    for name in ("torch", "transformers", "peft"):
+        if importlib.util.find_spec(name) is None:
+            raise MissingExtraError(
+                f"emulated devices train with {name}, which is not installed: "
+                "`pip install 'pwff[edge]'`"
+            )
 
 
 @contextlib.contextmanager

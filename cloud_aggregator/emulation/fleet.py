@@ -7,24 +7,20 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 
 from cloud_aggregator.experiment import Experiment
-from cloud_aggregator.methods import Method, find_method, shared_layout
 from device_profiles.channel import PAPER_LINK, Link, profile_link
 from device_profiles.fleet import Device, check_lora_count, draw_fleet, find_fleet
-from device_profiles.modules import (
-    BaseShape,
-    adapter_sites,
-    adapter_tensors,
-    first_lora_sites,
-    lora_rank,
-    lora_sites,
-    lora_tensors,
-)
+from device_profiles.methods import find_method
+from device_profiles.modules import adapter_sites, lora_sites
 from device_profiles.profile import Profile
 from edge_client.data.instructions import Dataset
 from edge_client.data.partition import Part, partition
+from edge_client.device_record import Modules, describe_device
 from messaging.layout import Layout
-from messaging.protocol import Channel, DeviceRecord, Preference
+from messaging.protocol import DeviceRecord
 from quantization.identity import BaseIdentity
+
+#: The broker's address reaches a worker through its environment: it may hold a password.
+BROKER_VARIABLE = "PWFF_WORKER_BROKER"
 
 
 class ClientSpec(BaseModel):
@@ -55,7 +51,6 @@ class WorkerSpec(BaseModel):
     threads: int
     chunk_bytes: int
     method: str
-    broker: str | None
     clients: list[ClientSpec]
 
 
@@ -74,10 +69,14 @@ def plan_fleet(experiment: Experiment, identity: BaseIdentity, dataset: Dataset)
     Raises:
         InputError: If fleet, modules or partition do not fit base, data or each other.
     """
-    method = find_method(experiment.method)
-    shape = identity.shape
-    adapter_sites(shape, experiment.adapter_count)
-    rank, rule = lora_rank(shape, experiment.lora_rank)
+    modules = Modules(
+        method=find_method(experiment.method),
+        identity=identity,
+        adapter_size=experiment.adapter_size,
+        placement=experiment.placement,
+        rank=experiment.lora_rank,
+    )
+    adapter_sites(identity.shape, experiment.adapter_count)
     if experiment.lora_count is not None:
         check_lora_count(experiment.lora_count, "lora_count")
     devices = draw_fleet(find_fleet(experiment.fleet), experiment.clients, experiment.seed)
@@ -90,20 +89,16 @@ def plan_fleet(experiment: Experiment, identity: BaseIdentity, dataset: Dataset)
         held_out_share=experiment.held_out_share,
         seed=experiment.seed,
     )
-    layout = shared_layout(method, shape, experiment.adapter_size)
-    common = _Common(
-        experiment=experiment, method=method, identity=identity, layout=layout, rank=rank, rule=rule
-    )
     clients = [
         ClientSpec(
-            device=_record(common, device, part),
+            device=_describe(experiment, modules, device, part),
             profile=device.profile,
             train=list(part.train),
             held_out=list(part.held_out),
         )
         for device, part in zip(devices, parts, strict=True)
     ]
-    return FleetPlan(clients=clients, layout=layout, lora_rank=rank)
+    return FleetPlan(clients=clients, layout=modules.layout(), lora_rank=modules.lora_rank()[0])
 
 
 def link_of(device: DeviceRecord) -> Link:
@@ -118,66 +113,18 @@ def link_of(device: DeviceRecord) -> Link:
     )
 
 
-def _lora_count(experiment: Experiment, shape: BaseShape, device: Device) -> int:
-    """Return how many LoRA modules a device trains: what it affords, of the sites there are."""
-    if experiment.lora_count is not None:
-        return len(first_lora_sites(shape, experiment.placement, experiment.lora_count))
-    return min(device.lora_count, len(lora_sites(shape, experiment.placement)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Common:
-    """What the records of all clients of a run are made from."""
-
-    experiment: Experiment
-    method: Method
-    identity: BaseIdentity
-    layout: Layout
-    rank: int
-    rule: str
-
-
-def _record(common: _Common, device: Device, part: Part) -> DeviceRecord:
-    experiment, identity, rank = common.experiment, common.identity, common.rank
-    shape = identity.shape
-    count = _lora_count(experiment, shape, device) if "lora" in common.method.trained else 0
-    trainable = 0
-    if count:
-        sites = first_lora_sites(shape, experiment.placement, count)
-        trainable += sum(t.size for t in lora_tensors(sites, rank))
-    adapters = 0
-    if "adapters" in common.method.trained:
-        adapters = len(adapter_sites(shape))
-        trainable += sum(t.size for t in adapter_tensors(shape, experiment.adapter_size))
-    link = PAPER_LINK if experiment.channel == "paper" else profile_link(device.profile.radio)
-    return DeviceRecord.model_validate(
-        {
-            "id": device.id,
-            "profile": device.profile.name,
-            "lora_count": count,
-            "lora_rank": rank if count else 0,
-            "lora_rank_rule": common.rule if count else "none",
-            "adapter_count": adapters,
-            "adapter_size": experiment.adapter_size if adapters else 0,
-            "placement": experiment.placement,
-            "precision": "fp32",
-            "threads": experiment.threads,
-            "base_bytes": identity.base_bytes,
-            "examples": len(part.train),
-            "held_out_examples": len(part.held_out),
-            "categories": part.groups,
-            "trainable_parameters": trainable,
-            "shared_parameters": common.layout.size,
-            "preference": Preference(
-                helpfulness=device.preference, harmlessness=round(1 - device.preference, 3)
-            ),
-            "channel": Channel(
-                snr_db=link.snr_db,
-                bandwidth_hz=link.bandwidth_hz,
-                transmit_watts=link.transmit_watts,
-                fading=link.fading,
-                coherence_seconds=link.coherence_seconds,
-            ),
-            "costs": "modelled",
-        }
+def _describe(experiment: Experiment, modules: Modules, device: Device, part: Part) -> DeviceRecord:
+    """Return a client's record; by itself it trains what it affords, of the sites there are."""
+    afforded = min(device.lora_count, len(lora_sites(modules.identity.shape, experiment.placement)))
+    paper = experiment.channel == "paper"
+    return describe_device(
+        modules,
+        part,
+        PAPER_LINK if paper else profile_link(device.profile.radio),
+        client=device.id,
+        profile=device.profile.name,
+        lora_count=experiment.lora_count or afforded,
+        threads=experiment.threads,
+        helpfulness=device.preference,
+        costs="modelled",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import psutil
 
-from cloud_aggregator.emulation.fleet import WorkerSpec
+from cloud_aggregator.emulation.fleet import BROKER_VARIABLE, WorkerSpec
 from cloud_aggregator.run_folder import write_atomically
 from cloud_aggregator.server import RunFailedError
+from device_profiles.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ _LEAVE_SECONDS = 60.0
 @dataclass
 class _Worker:
     command: list[str]
+    environment: dict[str, str]
     log_path: Path
     process: subprocess.Popen[bytes]
     restarts: int = 0
@@ -36,14 +39,20 @@ class WorkerPool:
 
     Args:
         specs: One a worker.
+        broker: Its address.
         folder: Where their specifications and logs are written.
         failed: Told when a worker cannot be kept alive.
     """
 
     def __init__(
-        self, specs: list[WorkerSpec], folder: Path, failed: Callable[[Exception], None]
+        self,
+        specs: list[WorkerSpec],
+        broker: str,
+        folder: Path,
+        failed: Callable[[Exception], None],
     ) -> None:
         self._failed = failed
+        environment = {**os.environ, BROKER_VARIABLE: broker}
         self._stopping = threading.Event()
         self._workers: list[_Worker] = []
         self._watchers: list[threading.Thread] = []
@@ -53,7 +62,8 @@ class WorkerPool:
             write_atomically(path, spec.model_dump_json().encode())
             command = [sys.executable, "-m", "cloud_aggregator.emulation.worker", str(path)]
             log_path = folder / f"{number}.log"
-            self._workers.append(_Worker(command, log_path, _start(command, log_path)))
+            process = _start(command, environment, log_path)
+            self._workers.append(_Worker(command, environment, log_path, process))
         for worker in self._workers:
             watcher = threading.Thread(target=self._watch, args=(worker,), daemon=True)
             watcher.start()
@@ -65,7 +75,10 @@ class WorkerPool:
             with worker.lock:
                 if self._stopping.is_set() or code == 0:
                     return
-                if code == 2 or worker.restarts >= _RESTARTS:
+                if code == InputError.exit_code:
+                    self._failed(InputError(_last_line(worker.log_path)))
+                    return
+                if worker.restarts >= _RESTARTS:
                     self._failed(
                         RunFailedError(
                             f"a worker ended with {code}: {_last_line(worker.log_path)} "
@@ -75,7 +88,7 @@ class WorkerPool:
                     return
                 worker.restarts += 1
                 log.warning("a worker ended with %d and is started again", code)
-                worker.process = _start(worker.command, worker.log_path)
+                worker.process = _start(worker.command, worker.environment, worker.log_path)
 
     @property
     def pids(self) -> list[int]:
@@ -110,13 +123,16 @@ class WorkerPool:
             watcher.join()
 
 
-def _start(command: list[str], log_path: Path) -> subprocess.Popen[bytes]:
+def _start(
+    command: list[str], environment: dict[str, str], log_path: Path
+) -> subprocess.Popen[bytes]:
     with log_path.open("ab") as log_file:
         return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,  # closes with this process, and the worker leaves
             stdout=log_file,
             stderr=subprocess.STDOUT,
+            env=environment,
         )
 
 

@@ -13,7 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
-from cloud_aggregator.emulation.fleet import WorkerSpec, link_of
+from cloud_aggregator.emulation.fleet import BROKER_VARIABLE, WorkerSpec, link_of
 from cloud_aggregator.methods import find_method, shared_layout
 from cloud_aggregator.run_folder import RunFolder
 from device_profiles.errors import InputError
@@ -47,6 +47,7 @@ def build_clients(spec: WorkerSpec) -> list[LocalClient]:
     )
     setup = Setup(
         run=spec.run,
+        method=spec.method,
         layout=shared_layout(method, identity.shape, spec.adapter_size),
         placement=spec.placement,
         adapter_size=spec.adapter_size,
@@ -82,10 +83,16 @@ def main() -> int:
     """Run the worker that the first argument's file describes; return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     spec = WorkerSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
-    if spec.broker is None:
-        raise ValueError("a worker process needs a broker")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which stops its workers
-    host = make_host(spec, MqttNetwork(spec.broker))
+    try:
+        return _work(spec, os.environ[BROKER_VARIABLE])
+    except InputError as err:
+        sys.stderr.write(f"{err}\n")  # the last line of the log: the run says it again
+        return err.exit_code
+
+
+def _work(spec: WorkerSpec, broker: str) -> int:
+    host = make_host(spec, MqttNetwork(broker))
     signal.signal(signal.SIGTERM, lambda _signal, _frame: host.stop())
     threading.Thread(target=_leave_with_parent, args=(host,), daemon=True).start()
     host.run()

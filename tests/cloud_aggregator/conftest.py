@@ -175,6 +175,7 @@ class Teacher:
         self.device = device(client, examples=examples, held_out=held_out, shared=layout.size)
         self.setup = Setup(
             run=RUN,
+            method="pwff" if layout.specs else "local-only",
             layout=layout,
             placement="qkv",
             adapter_size=SIZE,

@@ -103,7 +103,8 @@ def test_memory_has_no_broker() -> None:
 def test_two_seeds_of_a_method_do_not_share_topics() -> None:
     names = {load_experiment(None, {"seed": s, "method": m}).run_name
              for s in (0, 1) for m in ("pwff", "fedada")}  # fmt: skip
-    assert names == {"pwff-0", "pwff-1", "fedada-0", "fedada-1"}
+    kinds = {name.rsplit("-", 1)[0] for name in names}
+    assert kinds == {"pwff-0", "pwff-1", "fedada-0", "fedada-1"}
 
 
 def test_what_is_stored_is_the_experiment_again() -> None:
@@ -142,7 +143,7 @@ def test_how_a_run_is_done_may_change_when_it_is_resumed() -> None:
     changed = {"workers": 1, "transport": "memory", "broker_wait_seconds": 3.0, "rounds": 20}
     check_same(stored(Experiment()), load_experiment(None, changed))
     check_same(stored(Experiment()), Experiment(broker="mqtt://127.0.0.1:1883"))
-    assert {*changed, "broker"} == HOW
+    assert {*changed, "broker", "broker_port"} == HOW
 
 
 def test_a_file_that_is_no_toml_is_told(tmp_path: Path) -> None:
@@ -154,3 +155,20 @@ def test_a_stored_experiment_survives_its_file(tmp_path: Path) -> None:
     chosen = load_experiment(None, {"seed": 3, "learning_rate": 1e-3})
     RunFolder(tmp_path).write_config({"experiment": stored(chosen)})
     check_same(read_toml(tmp_path / "config.toml")["experiment"], chosen)
+
+
+def test_a_brokers_password_is_not_kept() -> None:
+    kept = stored(Experiment(broker="mqtt://someone:secret@localhost:1884"))
+    assert kept["broker"] == "mqtt://localhost:1884"
+    assert "secret" not in str(kept)
+
+
+def test_a_port_of_the_embedded_broker_and_a_broker_exclude_each_other() -> None:
+    with pytest.raises(InputError, match="broker_port"):
+        load_experiment(None, {"broker": "mqtt://localhost", "broker_port": 1884})
+
+
+def test_experiments_with_another_outcome_have_another_name() -> None:
+    names = {Experiment(rounds=9, workers=2).run_name, Experiment().run_name}
+    assert len(names) == 1
+    assert Experiment(codec="int8").run_name not in names

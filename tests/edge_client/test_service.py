@@ -84,7 +84,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> _Network:
 def test_what_is_not_given_has_its_default(write: Callable[..., Path]) -> None:
     client = load_client(write(model=None, adapter_size=None, chunk_bytes=None))
     assert client.model == "mini"
-    assert (client.adapter_size, client.placement, client.share) == (10, "qkv", "adapters")
+    assert (client.adapter_size, client.placement, client.method) == (10, "qkv", "pwff")
     assert (client.lora_count, client.lora_rank, client.threads) == (None, None, 1)
     assert (client.channel, client.chunk_bytes) == ("profile", 122_880)
 
@@ -101,7 +101,7 @@ def test_what_is_not_given_has_its_default(write: Callable[..., Path]) -> None:
         ({"client": "Laptop 1"}, r"client\.toml: client = 'Laptop 1'"),
         ({"lora_counts": 12}, r"unknown key 'lora_counts'; did you mean 'lora_count'"),
         ({"precision": "int8"}, r"client\.toml: precision = 'int8'"),
-        ({"share": "everything"}, r"client\.toml: share = 'everything'"),
+        ({"method": "pwf"}, r"unknown method 'pwf'; did you mean 'pwff'"),
         ({"adapter_size": 0}, r"client\.toml: adapter_size = 0"),
         ({"helpfulness": 1.5}, r"client\.toml: helpfulness = 1\.5"),
         ({"held_out_share": 1.0}, r"client\.toml: held_out_share = 1\.0"),
@@ -243,7 +243,7 @@ def test_a_device_says_what_its_profile_its_data_and_its_base_make_of_it(
     [
         ({"lora_count": 25}, {"lora_count": 25}),
         ({"lora_rank": 5}, {"lora_rank": 5, "lora_rank_rule": "given"}),
-        ({"share": "nothing"}, {"shared_parameters": 0, "adapter_count": 36}),
+        ({"method": "local-only"}, {"shared_parameters": 0, "adapter_count": 36}),
         (
             {"channel": "paper"},
             {

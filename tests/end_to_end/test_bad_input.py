@@ -110,3 +110,42 @@ def test_a_report_of_no_run_is_refused(tmp_path: Path) -> None:
     done = pwff("report", str(tmp_path))
     assert done.returncode == 2
     assert "run" in done.stderr
+
+
+def test_a_port_that_is_taken_is_told_with_another_way(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = pwff("emulate", "--broker-port", str(port), "--out", str(tmp_path / "r"))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"port {port}" in done.stderr
+    assert "--broker" in done.stderr
+
+
+def test_a_run_is_not_resumed_on_data_that_changed(tmp_path: Path) -> None:
+    data, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows = [{"instruction": f"Say {i}", "output": f"word {i}"} for i in range(12)]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    arguments = ["--transport", "memory", "--out", str(out)]
+    small = ["--clients", "2", "--rounds", "1", "--local-steps", "1", "--partition", "iid"]
+    done = pwff("emulate", *small, "--data", str(data), *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = (out / "config.toml").read_bytes()
+    data.write_text("\n".join(json.dumps(row) for row in rows[::-1]))
+    assert "data" in refused("--resume", "--out", str(out))
+    assert (out / "config.toml").read_bytes() == kept
+
+
+def test_training_that_diverges_is_told_the_same_from_a_worker_and_in_this_process(
+    tmp_path: Path,
+) -> None:
+    small = ["--clients", "2", "--rounds", "1", "--local-steps", "8", "--learning-rate", "1"]
+    for transport in ("memory", "mqtt"):
+        out = str(tmp_path / transport)
+        done = pwff("emulate", *small, "--transport", transport, "--out", out)
+        if done.returncode == 0:
+            pytest.skip("training at a learning rate of 1 did not diverge on this machine")
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "learning" in done.stderr
+        assert "Traceback" not in done.stderr

@@ -71,11 +71,12 @@ def main() -> None:
           "| worst client, % | clients improved | sent, MB |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|")
     print("\n".join(lines))
+    points = ", ".join(f"{d:+.2f}" for d in differences)
+    nats = ", ".join(f"{d:+.4f}" for d in losses)
     print(
-        f"\npwff minus local-only after training: accuracy {statistics.mean(differences):+.2f} "
-        f"points (each seed: {', '.join(f'{d:+.2f}' for d in differences)}), loss "
-        f"{statistics.mean(losses):+.4f} nats (each seed: "
-        f"{', '.join(f'{d:+.4f}' for d in losses)})"
+        "\nAfter training, `pwff` minus `local-only`: accuracy "
+        f"{statistics.mean(differences):+.2f} points (each seed: {points}), "
+        f"loss {statistics.mean(losses):+.4f} nats (each seed: {nats})"
     )
 
 

@@ -29,10 +29,12 @@ class _Lazy(click.Group):
     """Subcommands that are imported when they are called, not before."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order in which a newcomer needs them."""
         del ctx
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the subcommand, its package imported now."""
         del ctx
         if cmd_name not in COMMANDS:
             return None

@@ -20,15 +20,13 @@ from cloud_aggregator.aggregation.mean import weighted_mean
 from cloud_aggregator.intake import Intake, IntakeRules
 from cloud_aggregator.records import (
     ClientBefore,
-    ClientRound,
-    GlobalRound,
     Observed,
     RoundRecord,
     RunRecord,
     summarise,
 )
-from cloud_aggregator.records import weighted_mean as weighted_figure
 from cloud_aggregator.registry import Registry
+from cloud_aggregator.round_record import round_record
 from cloud_aggregator.rounds import Convergence
 from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.settings import RunSettings
@@ -36,10 +34,9 @@ from cloud_aggregator.shelf import Shelf
 from cloud_aggregator.spool import Spool
 from device_profiles.modules import initial_adapters
 from messaging import topics
-from messaging.chunks import parse_chunk, wire_bytes
+from messaging.chunks import parse_chunk
 from messaging.errors import ProtocolError
 from messaging.protocol import (
-    Costs,
     Hello,
     Manifest,
     Message,
@@ -263,12 +260,17 @@ class Aggregator:
         outcomes: dict[str, Outcome] = {i: intake.round.status(i) for i in intake.round.cohort}
         reports = self._evaluate(number, outcomes)
         self._list_clients()
-        record = self._round_record(intake, reports)
-        record.observed = Observed(
-            wall_seconds=self._clock() - began,
-            retransmitted_bytes=intake.retransmitted_bytes,
-            peak_memory_bytes=self._peak_memory,
-            refused=dict(self._refused + intake.refused),
+        record = round_record(
+            [device.id for device in self.record.clients],
+            intake,
+            reports,
+            parameters=self.settings.layout.size,
+            observed=Observed(
+                wall_seconds=self._clock() - began,
+                retransmitted_bytes=intake.retransmitted_bytes,
+                peak_memory_bytes=self._peak_memory,
+                refused=dict(self._refused + intake.refused),
+            ),
         )
         self._refused.clear()
         self.record.rounds.append(record)
@@ -410,53 +412,6 @@ class Aggregator:
             reason=reason,
         )
         self._send(client, task)
-
-    # -- records ---------------------------------------------------------------------------------
-
-    def _round_record(self, intake: Intake, reports: dict[str, Report]) -> RoundRecord:
-        clients = [
-            self._client_round(device.id, intake, reports.get(device.id))
-            for device in self.record.clients
-        ]
-        slowest = max((c.downlink_seconds for c in clients), default=0.0)
-        figures = reports.values()
-        return RoundRecord(
-            stage=_STAGE,
-            round=intake.number,
-            accepted=intake.round.accepted,
-            virtual_seconds=(intake.round.closed_at or 0.0) + slowest,
-            clients=clients,
-            global_=GlobalRound(
-                eval_loss=weighted_figure([(r.eval_loss, r.examples) for r in figures]),
-                eval_accuracy=weighted_figure([(r.eval_accuracy, r.examples) for r in figures]),
-            ),
-            observed=Observed(),
-        )
-
-    def _client_round(self, client: str, intake: Intake, report: Report | None) -> ClientRound:
-        gave = intake.contributions.get(client)
-        offer = gave.offer if gave else None
-        costs = gave.costs if gave else Costs()
-        # The state that the round made, once: what a device that was started again fetched anew
-        # depends on what happened to it, and not on what the run is.
-        fresh = bool(intake.round.accepted)
-        down = report.costs if report and fresh else Costs()
-        return ClientRound(
-            id=client,
-            status=intake.round.status(client) if client in intake.round.cohort else "skipped",
-            reason=intake.reasons.get(client, ""),
-            train_loss=gave.train_loss if gave else None,
-            eval_loss=report.eval_loss if report else None,
-            eval_accuracy=report.eval_accuracy if report else None,
-            upload_bytes=wire_bytes(offer.bytes, offer.chunk_bytes) if offer else 0,
-            upload_parameters=self.settings.layout.size if offer else 0,
-            download_bytes=down.download_bytes,
-            downlink_seconds=down.downlink_seconds,
-            uplink_seconds=costs.uplink_seconds,
-            uplink_joules=costs.uplink_joules,
-            compute_seconds=costs.compute_seconds,
-            compute_joules=costs.compute_joules,
-        )
 
     def _notify_round(self, record: RoundRecord) -> None:
         self._notify(

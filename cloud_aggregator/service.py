@@ -162,13 +162,20 @@ def serve(
 def _record(service: Service, identity: BaseIdentity, folder: RunFolder) -> RunRecord:
     if folder.record_path.exists():
         record = read_record(folder.path)
-        said = (record.run, record.seed, record.method, record.model.sha256)
-        wanted = (service.run, service.seed, service.method, identity.sha256)
-        if said != wanted:
-            raise InputError(
-                f"{folder.path} holds the run '{record.run}' with another seed, method or base; "
-                "give this run another 'out'"
-            )
+        pairs = {
+            "run": (record.run, service.run),
+            "seed": (record.seed, service.seed),
+            "method": (record.method, service.method),
+            "codec": (record.codec, service.codec),
+            "base": (record.model.sha256, identity.sha256),
+            "tokenizer": (record.model.tokenizer_sha256, identity.tokenizer_sha256),
+        }
+        for name, (then, now) in pairs.items():
+            if then != now:
+                raise InputError(
+                    f"{folder.path} holds a run whose {name} is {then!r}, and {now!r} is asked "
+                    "for; give this run another 'out'"
+                )
         return record
     return RunRecord(
         version=version("pwff"),

@@ -64,21 +64,11 @@ def emulate(
     require_edge()
     folder = RunFolder(out)
     _check_folder(folder, experiment, resume=resume)
-    identity = identify(experiment.model)
-    dataset = load_instructions(experiment.data)
-    plan = plan_fleet(experiment, identity, dataset)
-    planned = _Planned(
-        experiment=experiment,
-        identity=identity,
-        dataset=dataset,
-        fleet=plan,
-        binding=binding(identity, experiment.placement),
-        workers=_worker_count(experiment),
-        folder=folder,
-    )
+    planned = _plan(experiment, folder)
     record = _record(planned, resume=resume)
     folder.write_config(_config(planned))
-    notify("plan", record=record, clients=[c.device for c in plan.clients], broken=dataset.broken)
+    devices = [client.device for client in planned.fleet.clients]
+    notify("plan", record=record, clients=devices, broken=planned.dataset.broken)
 
     def tell(event: str, **fields: Any) -> None:
         folder.append_event(event, **fields)
@@ -116,6 +106,20 @@ class _Planned:
     binding: str
     workers: int
     folder: RunFolder
+
+
+def _plan(experiment: Experiment, folder: RunFolder) -> _Planned:
+    identity = identify(experiment.model)
+    dataset = load_instructions(experiment.data)
+    return _Planned(
+        experiment=experiment,
+        identity=identity,
+        dataset=dataset,
+        fleet=plan_fleet(experiment, identity, dataset),
+        binding=binding(identity, experiment.placement),
+        workers=_worker_count(experiment),
+        folder=folder,
+    )
 
 
 def _check_folder(folder: RunFolder, experiment: Experiment, *, resume: bool) -> None:

@@ -16,7 +16,7 @@ from cloud_aggregator.methods import METHODS
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.reports import comparison, cost_plots, plots, series, words
 from cloud_aggregator.reports.canvas import PALETTE
-from cloud_aggregator.run_folder import read_record, write_atomically
+from cloud_aggregator.run_folder import RunFolder, read_record, write_atomically
 from device_profiles.errors import InputError
 
 _MOST_MISSED = 60  # updates that did not arrive, listed with their reasons
@@ -57,7 +57,7 @@ def write_report(folders: Sequence[Path], out: Path | None) -> Path:
         (home.resolve().name, read_record(path)) for home, path in zip(homes, folders, strict=True)
     ]
     page = build_report(runs)
-    to = out or (homes[0] / "report.html" if len(homes) == 1 else Path("comparison.html"))
+    to = out or (RunFolder(homes[0]).report_path if len(homes) == 1 else Path("comparison.html"))
     write_atomically(to, page.encode())
     return to
 

@@ -553,7 +553,7 @@ def test_an_update_that_came_late_is_done_with(
 # -- what is wrong ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("code", ["base", "layout", "private", "run"])
+@pytest.mark.parametrize("code", ["base", "layout"])
 def test_a_refusal_that_no_repetition_mends_is_a_failure(device: Device, code: str) -> None:
     device.agent.connected()
     device.said()

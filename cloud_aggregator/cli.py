@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 
 from cloud_aggregator.experiment import load_experiment
 from cloud_aggregator.methods import METHODS
-from cloud_aggregator.progress import ProgressView, closing_lines, closing_table
+from cloud_aggregator.progress import ProgressView, closing_lines, closing_table, say
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.run_folder import RunFolder
 from device_profiles.config_files import read_toml
@@ -146,9 +146,9 @@ def _close(
 
     console.print(closing_table(record))
     for line in closing_lines(record):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
     report = write_report([folder.path], None)
-    console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+    say(console, f"Report: {report}")
     if as_json:
         click.echo(json.dumps({"out": str(folder.path), **record.summary.model_dump()}))
     if record.status == "stopped":

@@ -42,6 +42,11 @@ def nats(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def say(console: Console, line: str) -> None:
+    """Print a sentence: wrapped between words on a terminal, whole in a log."""
+    console.print(line, highlight=False, soft_wrap=not console.is_terminal)
+
+
 @dataclass
 class _Row:
     profile: str = ""
@@ -110,7 +115,7 @@ class ProgressView:
             self._live.update(self._draw())
 
     def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)  # above the live view
+        say(self._console, line)  # above the live view
 
     def _row(self, client: str) -> _Row:
         return self._view.rows.setdefault(client, _Row())

@@ -39,7 +39,9 @@ class _InterruptedError(Exception):
 
 def _start_logging(verbose: int, console: Console) -> None:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    handler = RichHandler(console=console, show_path=False)
+    # a live view is drawn around lines of its own console only
+    beside = console if console.is_terminal else Console(stderr=True)
+    handler = RichHandler(console=beside, show_path=False)
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
 
 

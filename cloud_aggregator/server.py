@@ -350,7 +350,7 @@ class Aggregator:
 
     def _outlast(self, done: Callable[[], bool], progress: Callable[[], int]) -> bool:
         """Take what arrives until ``done`` holds; give up once nothing changes for too long."""
-        seen = -1
+        seen = progress()
         while not self._pump(done, self.settings.patience_seconds):
             if progress() == seen:
                 return False

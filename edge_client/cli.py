@@ -44,6 +44,8 @@ def client(path: Path, verbose: bool) -> int:
     configured = load_client(path)
 
     def on_start(host: Host) -> None:
+        """Let Ctrl-C and SIGTERM end the host in good order."""
+
         def stop(_signal: int, _frame: object) -> None:
             stopped.set()
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends it

@@ -15,7 +15,7 @@ from device_profiles.modules import (
     lora_tensors,
 )
 from edge_client.data.partition import Part
-from messaging.layout import Layout, TensorSpec
+from messaging.layout import Layout
 from messaging.protocol import Channel, DeviceRecord, Preference
 from quantization.identity import BaseIdentity
 
@@ -39,11 +39,7 @@ class Modules:
     def layout(self) -> Layout:
         """Return the allow-list: the tensors that may travel, in order."""
         shared = shared_tensors(self.method, self.identity.shape, self.adapter_size)
-        return Layout(
-            tuple(
-                TensorSpec(name=t.name, shape=t.shape, scale_axis=t.bottleneck_axis) for t in shared
-            )
-        )
+        return Layout.of((t.name, t.shape, t.bottleneck_axis) for t in shared)
 
     def lora_rank(self) -> tuple[int, str]:
         """Return the rank and whether it was given or is in proportion to the width."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,6 +50,11 @@ class Layout:
     """The shared tensors in their order."""
 
     specs: tuple[TensorSpec, ...]
+
+    @classmethod
+    def of(cls, tensors: Iterable[tuple[str, tuple[int, ...], int | None]]) -> Layout:
+        """Return the layout of (name, shape, scale axis) in the order given."""
+        return cls(tuple(TensorSpec(name=n, shape=s, scale_axis=axis) for n, s, axis in tensors))
 
     @cached_property
     def sha256(self) -> str:

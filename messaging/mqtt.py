@@ -140,7 +140,7 @@ class MqttNetwork:
 
 
 def _send_at_once(_client: paho.Client, _userdata: Any, sock: Any) -> None:
-    """Switch Nagle's algorithm off: a grant that waits for an acknowledgement costs 40 ms."""
+    """Switch Nagle's algorithm off: grants would wait for acknowledgements of earlier packets."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 

@@ -154,7 +154,9 @@ def test_a_file_that_is_no_toml_is_told(tmp_path: Path) -> None:
 def test_a_stored_experiment_survives_its_file(tmp_path: Path) -> None:
     chosen = load_experiment(None, {"seed": 3, "learning_rate": 1e-3})
     RunFolder(tmp_path).write_config({"experiment": stored(chosen)})
-    check_same(read_toml(tmp_path / "config.toml")["experiment"], chosen)
+    kept = read_toml(tmp_path / "config.toml")["experiment"]
+    check_same(kept, chosen)
+    assert load_experiment(None, kept) == chosen
 
 
 def test_a_brokers_password_is_not_kept() -> None:

@@ -112,3 +112,12 @@ def test_a_device_that_comes_back_brings_its_newest_record(registry: Registry) -
     registry.greeted(hello())
     registry.greeted(hello(session=LATER, device=device("a", examples=9)))
     assert registry.devices["a"].examples == 9
+
+
+def test_where_the_clients_are_known_another_one_is_refused() -> None:
+    registry = Registry(binding=BINDING, layout=LAYOUT.sha256, known=frozenset({"a"}))
+    assert registry.greeted(hello("a"))
+    with pytest.raises(ProtocolError) as told:
+        registry.greeted(hello("b"))
+    assert told.value.code == "identity"
+    assert registry.online == ["a"]

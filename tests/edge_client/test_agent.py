@@ -754,3 +754,18 @@ def test_a_message_of_a_kind_that_only_devices_send_is_left(device: Device) -> N
         Want(run="trial", client=CLIENT, session=offer.session, blob=offer.blob, missing="")
     )
     assert (device.said(), device.agent.finished) == ([], False)
+
+
+def test_a_device_refuses_a_run_of_another_method(device: Device) -> None:
+    device.hear(manifest(method="fedada"))
+    assert device.agent.finished
+    assert device.agent.failure is not None
+    assert "'fedada'" in device.agent.failure
+    assert "'pwff'" in device.agent.failure
+
+
+def test_a_device_says_hello_to_an_aggregator_that_has_not_seen_it(device: Device) -> None:
+    for session, greetings in (("1" * 16, 1), ("1" * 16, 0), ("2" * 16, 1)):
+        device.published.clear()
+        device.hear(manifest(session=session))
+        assert len(device.published) == greetings

@@ -135,17 +135,3 @@ def test_a_run_is_not_resumed_on_data_that_changed(tmp_path: Path) -> None:
     data.write_text("\n".join(json.dumps(row) for row in rows[::-1]))
     assert "data" in refused("--resume", "--out", str(out))
     assert (out / "config.toml").read_bytes() == kept
-
-
-def test_training_that_diverges_is_told_the_same_from_a_worker_and_in_this_process(
-    tmp_path: Path,
-) -> None:
-    small = ["--clients", "2", "--rounds", "1", "--local-steps", "8", "--learning-rate", "1"]
-    for transport in ("memory", "mqtt"):
-        out = str(tmp_path / transport)
-        done = pwff("emulate", *small, "--transport", transport, "--out", out)
-        if done.returncode == 0:
-            pytest.skip("training at a learning rate of 1 did not diverge on this machine")
-        assert done.returncode == 2, done.stdout + done.stderr
-        assert "learning" in done.stderr
-        assert "Traceback" not in done.stderr

@@ -88,7 +88,7 @@ def load_base(identity: BaseIdentity) -> Base:
             f"{identity.folder} lacks {len(notes['missing_keys'])} tensors of a GPT-2, "
             f"'{sorted(notes['missing_keys'])[0]}' among them"
         )
-    tokenizer = _load_tokenizer(identity)
+    tokenizer = load_tokenizer(identity)
     tokenizer.model_max_length = sys.maxsize  # examples are cut where they are encoded
     model.requires_grad_(False)
     model.eval()
@@ -100,7 +100,12 @@ def _line(err: Exception) -> str:
     return f"{str(err).strip()}\n".splitlines()[0][:200]
 
 
-def _load_tokenizer(identity: BaseIdentity) -> Any:
+def load_tokenizer(identity: BaseIdentity) -> Any:
+    """Return a base's tokenizer.
+
+    Raises:
+        BaseModelError: If it is damaged, names no end token, or does not fit the weights.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -68,7 +68,11 @@ def stop_on_signals(aggregator: Aggregator) -> None:
 @click.option("--learning-rate", type=float, metavar="X", help="Of AdamW (default 0.001).")
 @click.option("--seed", type=int, metavar="N", help="Same seed, same bits (default 0).")
 @click.option("--model", metavar="mini|gpt2|PATH|HUB_ID", help="The frozen base (default mini).")
-@click.option("--precision", metavar="auto|fp32", help="Of the base (default auto: fp32 here).")
+@click.option(
+    "--precision",
+    metavar="NAME",
+    help="Of the base: fp32, bf16, int8, int8-dynamic, nf4, or auto, the device's plan (auto).",
+)
 @click.option("--data", metavar="kit|alpaca|FILE", help="Instruction data (default kit).")
 @click.option("--partition", metavar="KIND", help="iid, category, cluster or dirichlet (category).")
 @click.option(
@@ -83,8 +87,22 @@ def stop_on_signals(aggregator: Aggregator) -> None:
 )
 @click.option("--adapter-count", type=int, metavar="N", help="Checked against the base's sites.")
 @click.option("--adapter-size", type=int, metavar="M", help="Bottleneck size (default 10).")
-@click.option("--codec", metavar="NAME", help="fp32, fp16 or int8 (default fp32).")
+@click.option("--codec", metavar="NAME", help="fp32, fp16, int8 or int4 (default fp32).")
 @click.option("--channel", metavar="paper|profile", help="Every client's uplink (default paper).")
+@click.option(
+    "--priced-at", metavar="base|gpt2-small", help="Shape that delay and energy are of (base)."
+)
+@click.option("--priced-lora-rank", type=int, metavar="R", help="Rank there (in proportion).")
+@click.option("--fading", metavar="NAME", help="rayleigh, rician or none (the link's).")
+@click.option(
+    "--scheme", metavar="NAME", help="adaptive, fixed-rate, outage or inversion (adaptive)."
+)
+@click.option("--sharing", metavar="NAME", help="Of the band: dedicated, tdma or fdma (dedicated).")
+@click.option("--cohort", type=int, metavar="N", help="Clients that train in a round (all).")
+@click.option(
+    "--selection", metavar="NAME", help="uniform, best-channel or proportional-fair (uniform)."
+)
+@click.option("--upload-policy", metavar="NAME", help="at-once, or wait for good blocks (at-once).")
 @click.option("--quorum", type=float, metavar="SHARE", help="Of updates that end a round (1).")
 @click.option("--deadline-seconds", type=float, metavar="S", help="Of a round, modelled (3600).")
 @click.option("--epsilon", type=float, metavar="NATS", help="Least improvement that counts (0).")

@@ -41,19 +41,28 @@ class IntakeRules:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Client:
+    """What the aggregator knows of a client before its update: its examples and what it sends."""
+
+    examples: int
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contribution:
-    """What a client gave in a round: its costs, and its update's offer and header if it has one."""
+    """What a client gave in a round: its costs, and its update's offer and size if it has one."""
 
     costs: Costs
     train_loss: float | None
     offer: Offer | None = None
+    parameters: int = 0
 
 
 class Intake:
     """The updates of round ``number``.
 
     Args:
-        examples: How many training examples each client of the cohort said it has.
+        clients: The cohort, as each client described itself.
         began: When the round began, on the caller's clock.
         send: Sends a message to a client.
         notify: Told of each update (event, fields).
@@ -66,7 +75,7 @@ class Intake:
     def __init__(
         self,
         number: int,
-        examples: dict[str, int],
+        clients: dict[str, Client],
         rules: IntakeRules,
         spool: Spool,
         *,
@@ -75,11 +84,11 @@ class Intake:
         notify: Callable[..., None],
     ) -> None:
         self.number = number
-        self.round = TrainingRound(examples, rules.round_rules)
+        self.round = TrainingRound(clients, rules.round_rules)
         self.contributions: dict[str, Contribution] = {}
         self.reasons: dict[str, str] = {}
         self.refused: Counter[str] = Counter()
-        self._examples = examples
+        self._clients = clients
         self._rules = rules
         self._spool = spool
         self._began = began
@@ -133,7 +142,7 @@ class Intake:
                 self.round.arrived(offer.client, now - self._began)
             self._send(offer.client, self._done(offer, late=True))
         except ProtocolError as err:
-            if offer.round == self.number and offer.client in self._examples:
+            if offer.round == self.number and offer.client in self._clients:
                 self._note_refusal(offer.client, err.code, err.reason)
             self._send(offer.client, self._reject(offer, err))
             raise
@@ -152,13 +161,14 @@ class Intake:
         rules = self._rules
         if offer.binding != rules.binding:
             raise ProtocolError("base", "the update is from another base, tokenizer or placement")
-        if offer.layout != rules.layout.sha256:
-            raise ProtocolError("layout", "the update holds other tensors than this run shares")
-        if offer.round != self.number or offer.client not in self._examples:
+        if offer.round != self.number or offer.client not in self._clients:
             raise ProtocolError("round", f"no update of '{offer.client}' is asked for now")
+        layout = self._clients[offer.client].layout
+        if offer.layout != layout.sha256:
+            raise ProtocolError("layout", "the update holds other tensors than this run shares")
         if offer.codec != rules.codec:
             raise ProtocolError("codec", f"codec '{offer.codec}'; the round's is '{rules.codec}'")
-        most = max_blob_bytes(rules.layout, rules.codec)
+        most = max_blob_bytes(layout, rules.codec)
         if offer.bytes > most:
             raise ProtocolError("size", f"offer of {offer.bytes} bytes; at most {most} are taken")
 
@@ -182,7 +192,7 @@ class Intake:
         Raises:
             ProtocolError: If the run shares something, or the client is not asked.
         """
-        if report.client not in self._examples or self._rules.layout.specs:
+        if report.client not in self._clients or self._rules.layout.specs:
             raise ProtocolError("round", "a report where an update is asked for")
         if report.client in self.contributions:
             return
@@ -201,7 +211,7 @@ class Intake:
         return self._done(offer, late=self._is_late(offer.client))
 
     def _read(self, offer: Offer, blob: bytes) -> Contribution:
-        header, vector = decode_blob(blob, self._rules.layout)
+        header, vector = decode_blob(blob, self._clients[offer.client].layout)
         self._check_header(header, offer)
         largest = float(np.abs(vector).max(initial=0.0))
         if largest > _LARGEST_CHANGE:
@@ -209,17 +219,20 @@ class Intake:
                 "range",
                 f"the update changes a weight by {largest:.3g}; {_LARGEST_CHANGE:g} is the most",
             )
-        return Contribution(costs=offer.costs, train_loss=header.train_loss, offer=offer)
+        return Contribution(
+            costs=offer.costs, train_loss=header.train_loss, offer=offer, parameters=vector.size
+        )
 
     def _check_header(self, header: BlobHeader, offer: Offer) -> None:
         said = (header.run, header.round, header.sender, header.codec)
         if said != (self._rules.run, offer.round, offer.client, offer.codec):
             raise ProtocolError("identity", "the update says another origin than its offer")
-        if header.examples != self._examples[offer.client] or header.examples < 1:
+        said_examples = self._clients[offer.client].examples
+        if header.examples != said_examples or header.examples < 1:
             raise ProtocolError(
                 "examples",
                 f"the update weighs {header.examples} examples; "
-                f"'{offer.client}' said that it has {self._examples[offer.client]}",
+                f"'{offer.client}' said that it has {said_examples}",
             )
 
     def _arrive(self, client: str, contribution: Contribution, now: float) -> None:
@@ -274,6 +287,12 @@ class Intake:
     def _is_late(self, client: str) -> bool:
         return not self._rules.virtual_time and self.round.status(client) == "late"
 
+    def waited(self, client: str) -> float:
+        """Return how long a client waited between its own update and the end of the round."""
+        if client not in self._arrivals or self.round.closed_at is None:
+            return 0.0
+        return max(0.0, self.round.closed_at - self._arrivals[client])
+
     def passed(self, now: float) -> None:
         """Note the time: past the deadline the round closes."""
         self.round.passed(now - self._began)
@@ -283,12 +302,16 @@ class Intake:
         for client in self.reasons:
             self.round.refused(client, 0.0)
         for at, client in sorted((at, client) for client, at in self._arrivals.items()):
-            self.round.arrived(client, at)
+            if self.contributions[client].costs.lost:
+                self.reasons[client] = "outage: lost on the air"
+            else:
+                self.round.arrived(client, at)
         self.round.passed(math.inf)
 
     def accepted_updates(self) -> Iterator[tuple[Vector, int]]:
         """Yield (update, examples) of the accepted clients in client order, one at a time."""
-        for header, vector in self._spool.updates(self.round.accepted, self._rules.layout):
+        for client in self.round.accepted:
+            header, vector = self._spool.update(client, self._clients[client].layout)
             yield vector, header.examples
 
     def close(self) -> None:

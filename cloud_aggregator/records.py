@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from device_profiles.selection import jain_index
 from messaging.protocol import DeviceRecord, Stage
 
 Status = Literal["aggregated", "late", "lost", "rejected", "skipped"]
@@ -18,6 +19,16 @@ Status = Literal["aggregated", "late", "lost", "rejected", "skipped"]
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class PricedRecord(_Part):
+    """The shape that delay and energy are computed on, where it is not the base's own."""
+
+    name: str
+    parameters: int
+    layers: int
+    width: int
+    lora_rank: int
 
 
 class ModelRecord(_Part):
@@ -29,6 +40,7 @@ class ModelRecord(_Part):
     width: int
     sha256: str
     tokenizer_sha256: str
+    priced: PricedRecord | None = None
 
 
 class DataRecord(_Part):
@@ -45,7 +57,12 @@ class DataRecord(_Part):
 
 
 class ClientRound(_Part):
-    """One client's part of one round."""
+    """One client's part of one round.
+
+    Energy stands apart by what took it: radiated (``uplink_joules``), the radio's circuits,
+    reception, training, and waiting for the round to end. ``battery_left`` is the share of a
+    battery that is left after this round and all before it.
+    """
 
     id: str
     status: Status
@@ -56,10 +73,18 @@ class ClientRound(_Part):
     upload_parameters: int = 0
     download_bytes: int = 0
     downlink_seconds: float = 0.0
+    downlink_joules: float = 0.0
+    uplink_bits: float = 0.0
     uplink_seconds: float = 0.0
     uplink_joules: float = 0.0
+    uplink_air_seconds: float = 0.0
+    uplink_circuit_joules: float = 0.0
+    uplink_joules_saved: float = 0.0
     compute_seconds: float = 0.0
     compute_joules: float = 0.0
+    idle_seconds: float = 0.0
+    idle_joules: float = 0.0
+    battery_left: float | None = None
     reason: str = ""
     reward_helpfulness: float | None = None
     reward_harmlessness: float | None = None
@@ -116,6 +141,7 @@ class Summary(_Part):
     clients_improved: int | None = None
     mean_uplink_seconds: float = 0.0
     mean_uplink_joules: float = 0.0
+    participation_fairness: float | None = None
     upload_bytes_total: int = 0
 
 
@@ -160,6 +186,7 @@ def summarise(run: RunRecord) -> Summary:
     A client's last held-out results count, whichever round they are from;
     ``worst_client_accuracy`` is the lowest of them, and ``clients_improved`` counts the clients
     whose accuracy is above theirs before the first round. A client that joined later has none.
+    ``participation_fairness`` is Jain's index of how often each client's update counted.
     """
     weights = {c.id: c.held_out_examples for c in run.clients}
     before = {c.id: c.eval_accuracy for c in run.before if c.eval_accuracy is not None}
@@ -178,8 +205,18 @@ def summarise(run: RunRecord) -> Summary:
         clients_improved=len(improved) if after else None,
         mean_uplink_seconds=_mean([c.uplink_seconds for c in uploads]),
         mean_uplink_joules=_mean([c.uplink_joules for c in uploads]),
+        participation_fairness=_fairness(run),
         upload_bytes_total=sum(c.upload_bytes for c in uploads),
     )
+
+
+def _fairness(run: RunRecord) -> float | None:
+    """Return Jain's index of how often each client's update counted; none before any did."""
+    counts = dict.fromkeys((c.id for c in run.clients), 0)
+    for record in run.rounds:
+        for client in record.accepted:
+            counts[client] = counts.get(client, 0) + 1
+    return jain_index(list(counts.values())) if any(counts.values()) else None
 
 
 def _mean(values: list[float]) -> float:

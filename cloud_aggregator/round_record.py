@@ -12,28 +12,34 @@ from cloud_aggregator.records import (
     RoundRecord,
     weighted_mean,
 )
+from device_profiles.battery import Battery
+from device_profiles.energy import power_cost
 from messaging.chunks import wire_bytes
-from messaging.protocol import Costs, Report
+from messaging.protocol import Costs, DeviceRecord, Report
 
 
 def round_record(
-    clients: Sequence[str],
+    devices: Sequence[DeviceRecord],
     intake: Intake,
     reports: Mapping[str, Report],
     *,
-    parameters: int,
+    before: RoundRecord | None,
     observed: Observed,
 ) -> RoundRecord:
     """Return the record of a round.
 
     Args:
-        clients: Every device of the run, asked or not, in client order.
+        devices: Every device of the run, asked or not, in client order.
         intake: What the round's cohort gave.
         reports: Held-out results on the round's new state, by client.
-        parameters: Number of entries of an update.
+        before: The record of the round before, for what its batteries had left.
         observed: What this machine saw.
     """
-    entries = [_client_round(client, intake, reports.get(client), parameters) for client in clients]
+    left = {c.id: c.battery_left for c in before.clients} if before else {}
+    entries = [
+        _client_round(device, intake, reports.get(device.id), left.get(device.id))
+        for device in devices
+    ]
     slowest = max((entry.downlink_seconds for entry in entries), default=0.0)
     figures = reports.values()
     return RoundRecord(
@@ -51,8 +57,9 @@ def round_record(
 
 
 def _client_round(
-    client: str, intake: Intake, report: Report | None, parameters: int
+    device: DeviceRecord, intake: Intake, report: Report | None, battery_left: float | None
 ) -> ClientRound:
+    client = device.id
     gave = intake.contributions.get(client)
     offer = gave.offer if gave else None
     costs = gave.costs if gave else Costs()
@@ -60,7 +67,8 @@ def _client_round(
     # depends on what happened to it, and not on what the run is.
     fresh = bool(intake.round.accepted)
     down = report.costs if report and fresh else Costs()
-    return ClientRound(
+    idle = power_cost(intake.waited(client), device.power.idle_watts)
+    entry = ClientRound(
         id=client,
         status=intake.round.status(client) if client in intake.round.cohort else "skipped",
         reason=intake.reasons.get(client, ""),
@@ -68,11 +76,37 @@ def _client_round(
         eval_loss=report.eval_loss if report else None,
         eval_accuracy=report.eval_accuracy if report else None,
         upload_bytes=wire_bytes(offer.bytes, offer.chunk_bytes) if offer else 0,
-        upload_parameters=parameters if offer else 0,
+        upload_parameters=gave.parameters if gave else 0,
         download_bytes=down.download_bytes,
         downlink_seconds=down.downlink_seconds,
+        downlink_joules=down.downlink_joules,
+        uplink_bits=costs.uplink_bits,
         uplink_seconds=costs.uplink_seconds,
         uplink_joules=costs.uplink_joules,
+        uplink_air_seconds=costs.uplink_air_seconds,
+        uplink_circuit_joules=costs.uplink_circuit_joules,
+        uplink_joules_saved=costs.uplink_joules_saved,
         compute_seconds=costs.compute_seconds,
         compute_joules=costs.compute_joules,
+        idle_seconds=idle.seconds,
+        idle_joules=idle.joules,
     )
+    entry.battery_left = _battery_left(device, entry, battery_left)
+    return entry
+
+
+def _battery_left(device: DeviceRecord, entry: ClientRound, before: float | None) -> float | None:
+    """Return the share that a battery has left after a round; none where there is no battery."""
+    capacity = device.power.battery_joules
+    if capacity is None:
+        return None
+    taken = (
+        entry.compute_joules
+        + entry.uplink_joules
+        + entry.uplink_circuit_joules
+        + entry.downlink_joules
+        + entry.idle_joules
+    )
+    share = 1.0 if before is None else before
+    battery = Battery(capacity_joules=capacity, left_joules=share * capacity)
+    return battery.after(taken).left_joules / capacity

@@ -16,8 +16,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-from cloud_aggregator.aggregation.mean import weighted_mean
-from cloud_aggregator.intake import Intake, IntakeRules
+from cloud_aggregator.aggregation import AGGREGATIONS
+from cloud_aggregator.cohort import able, choose_cohort
+from cloud_aggregator.intake import Client, Intake, IntakeRules
+from cloud_aggregator.methods import find_method, initial_tensors, own_layout
 from cloud_aggregator.records import (
     ClientBefore,
     Observed,
@@ -32,7 +34,6 @@ from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.shelf import Shelf
 from cloud_aggregator.spool import Spool
-from device_profiles.modules import initial_adapters
 from messaging import topics
 from messaging.chunks import parse_chunk
 from messaging.errors import ProtocolError
@@ -181,7 +182,10 @@ class Aggregator:
         for record in self.record.rounds:
             if convergence.observed(record.global_.eval_loss):
                 return "converged"
-        return "rounds" if len(self.record.rounds) >= settings.rounds else ""
+        if len(self.record.rounds) >= settings.rounds:
+            return "rounds"
+        known = {device.id: device for device in self.record.clients}
+        return "" if able(known, self.record.rounds) or not known else "batteries"
 
     def _close_record(self, status: Status, reason: str | None) -> None:
         self.record.status = status
@@ -199,7 +203,7 @@ class Aggregator:
         if settings.layout.specs and newest:
             self._shelf.put(self._shelf.load(newest), newest)
         elif settings.layout.specs:
-            first = initial_adapters(settings.base, settings.adapter_size, settings.seed)
+            first = initial_tensors(find_method(settings.method), settings.modules, settings.seed)
             self._shelf.put(settings.layout.pack(first), 0)
         self._remove_old_updates()
         self._publish_manifest()
@@ -255,16 +259,18 @@ class Aggregator:
         began = self._clock()
         intake = self._train(number)
         if intake.round.accepted and self._shelf.vector is not None:
-            self._shelf.put(self._shelf.vector + weighted_mean(intake.accepted_updates()), number)
+            aggregate = AGGREGATIONS[find_method(self.settings.method).average]
+            updates = intake.accepted_updates()
+            self._shelf.put(aggregate(self._shelf.vector, updates, self.settings.layout), number)
             self._publish_manifest()
         outcomes: dict[str, Outcome] = {i: intake.round.status(i) for i in intake.round.cohort}
         reports = self._evaluate(number, outcomes)
         self._list_clients()
         record = round_record(
-            [device.id for device in self.record.clients],
+            self.record.clients,
             intake,
             reports,
-            parameters=self.settings.layout.size,
+            before=self.record.rounds[-1] if self.record.rounds else None,
             observed=Observed(
                 wall_seconds=self._clock() - began,
                 retransmitted_bytes=intake.retransmitted_bytes,
@@ -283,7 +289,7 @@ class Aggregator:
         cohort = self._cohort()
         intake = self._intake = Intake(
             number,
-            {i: self._registry.devices[i].examples for i in cohort},
+            {i: self._client(i) for i in cohort},
             IntakeRules(
                 run=settings.run,
                 binding=settings.binding,
@@ -313,11 +319,19 @@ class Aggregator:
                 intake.passed(self._clock())
         return intake
 
+    def _client(self, name: str) -> Client:
+        device = self._registry.devices[name]
+        layout = own_layout(self.settings.layout, device.lora_count)
+        return Client(examples=device.examples, layout=layout)
+
     def _cohort(self) -> list[str]:
         while not self._registry.online:
             log.info("waiting for devices: none is there")
             self._pump(lambda: bool(self._registry.online), self.settings.gather_seconds)
-        return self._asked()
+        devices, rounds = self._registry.devices, self.record.rounds
+        if self.settings.cohort is not None:
+            return choose_cohort(self.settings.cohort, devices, rounds)
+        return [i for i in self._asked() if i in able(devices, rounds)]
 
     def _asked(self) -> list[str]:
         """Return the devices that get the next task.
@@ -367,6 +381,7 @@ class Aggregator:
         self, work: Work, number: int, clients: Iterable[str], outcomes: dict[str, Outcome]
     ) -> None:
         settings = self.settings
+        patience = settings.rules.deadline_seconds if settings.waits_for_channel else 0.0
         self._tasks = {
             client: Task(
                 run=settings.run,
@@ -381,6 +396,7 @@ class Aggregator:
                 batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,
                 codec=settings.codec,
+                upload_within_seconds=patience,
                 max_length=settings.max_length,
             )
             for client in clients

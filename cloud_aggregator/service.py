@@ -10,15 +10,16 @@ from typing import Annotated, Any
 import psutil
 from pydantic import Field
 
-from cloud_aggregator.methods import METHODS, find_method, shared_layout
-from cloud_aggregator.records import DataRecord, ModelRecord, RunRecord
+from cloud_aggregator.methods import METHODS, ModuleShape, find_method, shared_layout
+from cloud_aggregator.records import DataRecord, ModelRecord, PricedRecord, RunRecord
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.server import Aggregator
 from cloud_aggregator.settings import RunSettings
 from device_profiles.config_files import Config, choose, load
 from device_profiles.errors import InputError
-from device_profiles.modules import PLACEMENTS
+from device_profiles.modules import PLACEMENTS, lora_rank
+from device_profiles.pricing import CostBasis
 from messaging.chunks import CHUNK_BYTES
 from messaging.mqtt import MqttNetwork
 from messaging.protocol import Codec, Identifier
@@ -50,6 +51,7 @@ class Service(Config):
     method: str = "pwff"
     model: str = "mini"
     placement: str = "qkv"
+    lora_rank: Annotated[int, Field(ge=1, le=65_536)] | None = None
     adapter_size: Annotated[int, Field(ge=1, le=4096)] = 10
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     local_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 20
@@ -103,7 +105,13 @@ def serve(
     identity = identify(service.model)
     folder = RunFolder(service.out)
     record = _record(service, identity, folder)
-    layout = shared_layout(find_method(service.method), identity.shape, service.adapter_size)
+    modules = ModuleShape(
+        base=identity.shape,
+        adapter_size=service.adapter_size,
+        placement=service.placement,
+        lora_rank=lora_rank(identity.shape, service.lora_rank)[0],
+    )
+    layout = shared_layout(find_method(service.method), modules)
     bound = binding(identity, service.placement)
     config = service.model_dump(mode="json", exclude_none=True)
     config["broker"] = str(network.address)  # without its secrets
@@ -128,8 +136,7 @@ def serve(
             run=service.run,
             method=service.method,
             seed=service.seed,
-            base=identity.shape,
-            adapter_size=service.adapter_size,
+            modules=modules,
             layout=layout,
             binding=bound,
             clients=service.clients,
@@ -192,8 +199,17 @@ def _record(service: Service, identity: BaseIdentity, folder: RunFolder) -> RunR
     )
 
 
-def model_record(identity: BaseIdentity) -> ModelRecord:
-    """Return the record of a base."""
+def model_record(identity: BaseIdentity, priced: CostBasis | None = None) -> ModelRecord:
+    """Return the record of a base, and of the shape that costs are computed on if it is another."""
+    other = None
+    if priced is not None:
+        other = PricedRecord(
+            name=priced.name,
+            parameters=priced.parameters,
+            layers=priced.base.layers,
+            width=priced.base.width,
+            lora_rank=priced.lora_rank,
+        )
     return ModelRecord(
         name=identity.name,
         parameters=identity.parameters,
@@ -201,4 +217,5 @@ def model_record(identity: BaseIdentity) -> ModelRecord:
         width=identity.shape.width,
         sha256=identity.sha256,
         tokenizer_sha256=identity.tokenizer_sha256,
+        priced=other,
     )

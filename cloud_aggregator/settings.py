@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cloud_aggregator.cohort import CohortRule
 from cloud_aggregator.rounds import RoundRules
-from device_profiles.modules import BaseShape
+from device_profiles.methods import ModuleShape
 from messaging.layout import Layout
 from messaging.protocol import Codec
 from messaging.transfer import UploadLimits
@@ -25,6 +26,8 @@ class RunSettings:
         patience_seconds: In emulation, how long the run waits for its own workers before it fails;
             in deployment, how long it waits for held-out results.
         known_clients: The only devices that may take part; without it, any that fits.
+        cohort: Who trains in a round of an emulated run; without it every device.
+        waits_for_channel: Whether an emulated upload waits for good coherence blocks.
         epsilon: Nats by which the held-out loss must improve to count.
         patience: Rounds without improvement after which training has converged; 0 for never.
     """
@@ -32,8 +35,7 @@ class RunSettings:
     run: str
     method: str
     seed: int
-    base: BaseShape
-    adapter_size: int
+    modules: ModuleShape
     layout: Layout
     binding: str
     clients: int
@@ -52,4 +54,6 @@ class RunSettings:
     epsilon: float
     patience: int
     known_clients: frozenset[str] | None = None
+    cohort: CohortRule | None = None
+    waits_for_channel: bool = False
     limits: UploadLimits = field(default_factory=UploadLimits)

@@ -82,10 +82,9 @@ class Spool:
             if isinstance(offer, Offer) and hashlib.sha256(blob).hexdigest() == offer.blob:
                 yield offer, blob
 
-    def updates(self, clients: list[str], layout: Layout) -> Iterator[tuple[BlobHeader, Vector]]:
-        """Yield the updates of ``clients``, one in memory at a time."""
-        for client in clients:
-            yield decode_blob(self.path(client).read_bytes(), layout)
+    def update(self, client: str, layout: Layout) -> tuple[BlobHeader, Vector]:
+        """Return a client's update."""
+        return decode_blob(self.path(client).read_bytes(), layout)
 
     def clear(self) -> None:
         """Remove the round's updates."""

@@ -1,126 +1,234 @@
-"""Time to send one update over a block-fading uplink.
+"""Time on the air, delay and transmit energy of one update over a block-fading uplink.
 
-SI units: bits, hertz, watts, seconds. SNR is a power ratio unless a name says ``_db``. An upload
-gathers bits over coherence blocks until all are through: the mean of one draw for a whole upload
-does not exist (E[1/R] diverges over one Rayleigh coefficient).
+SI units: bits, hertz, watts, seconds, joules. An upload gathers bits over coherence blocks until
+all are through: the mean of one draw for a whole upload does not exist (E[1/R] diverges over one
+Rayleigh coefficient). A block lasts ``coherence_seconds``; of that a client under TDMA has its
+share, in which it sends as it would alone.
+
+The schemes, block by block of gain X:
+
+- ``adaptive``: sends log2(1 + snr*X). Nothing is lost; the last block is left when the bits are
+  through.
+- ``fixed-rate``: sends r bit/s/Hz, received if log2(1 + snr*X) >= r. What is lost is sent again in
+  the next block: in the same one it would be lost again.
+- ``outage``: the same, without an answer from the receiver. If any block is lost, the whole update
+  is dropped (``delivered`` is false): its parts are of no use apart. The sender does not know, and
+  spends time and energy in full.
+- ``inversion``: sends where X >= x0, at power P/(X E[1/X; X >= x0]), which makes the received SNR
+  constant and the mean power over all blocks P; waits for the next block otherwise.
+
+A link on which an upload takes over ``MOST_BLOCKS`` blocks is a mistake and refused. Where
+shadowing alone makes it so, the sender gives up after that many: not delivered, time and energy
+spent.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from device_profiles.config_files import choose
-from device_profiles.errors import InputError
-from device_profiles.profile import Radio
+from device_profiles.blocks import MOST_BLOCKS, check_bits, check_blocks, pieces
+from device_profiles.closed_forms import inverse_gain_mean
+from device_profiles.fading import draw_gains, gain_below
+from device_profiles.link import COHERENCE_SECONDS, PAPER_LINK, Link, profile_link
+from device_profiles.rates import adaptive_rates, block_rates, draw_snr, on_off, pilot_rate
 
-COHERENCE_SECONDS = 0.01  # assumed: a pedestrian at 2 GHz
-MOST_BLOCKS = 10_000_000  # an upload of more (28 hours at 10 ms) is a mistake in the link
-_BLOCKS_A_DRAW = 1024
+__all__ = [
+    "BLOCKS_A_DRAW",
+    "COHERENCE_SECONDS",
+    "MOST_BLOCKS",
+    "PAPER_LINK",
+    "Link",
+    "Upload",
+    "block_rates",
+    "check_bits",
+    "given_up",
+    "gives_up",
+    "likely_blocks",
+    "pilot_rate",
+    "profile_link",
+    "upload",
+    "upload_seconds",
+]
+
+BLOCKS_A_DRAW = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Link:
-    """One device's uplink, on spectrum of its own (no sharing in this version).
+class Upload:
+    """What one upload took.
 
     Attributes:
-        snr_db: Mean received power over noise power, decibels, -100 to 100.
-        bandwidth_hz: > 0.
-        transmit_watts: >= 0.
-        fading: ``rayleigh`` (X ~ Exp(1) per coherence block) or ``none`` (AWGN).
-        coherence_seconds: How long a fading state lasts, > 0.
+        seconds: From its first block until its bits are through: the delay.
+        air_seconds: Of these, how long it radiated.
+        radio_seconds: Of these, how long its radio was on: all, but other clients' turns (TDMA).
+        transmit_joules: Radiated power over time.
+        delivered: Whether it arrived; false where scheme ``outage`` lost it or the sender gave up.
     """
 
-    snr_db: float
-    bandwidth_hz: float
-    transmit_watts: float
-    fading: Literal["rayleigh", "none"] = "rayleigh"
-    coherence_seconds: float = COHERENCE_SECONDS
-
-    def __post_init__(self) -> None:
-        for name in ("bandwidth_hz", "coherence_seconds"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise InputError(f"{name} = {value}; give a value above 0")
-        if not (math.isfinite(self.transmit_watts) and self.transmit_watts >= 0):
-            raise InputError(f"transmit_watts = {self.transmit_watts}; give 0 or more")
-        if not -100 <= self.snr_db <= 100:
-            raise InputError(f"snr_db = {self.snr_db}; give -100 to 100 decibels")
-        choose("fading", self.fading, ("rayleigh", "none"))
-
-    @property
-    def snr(self) -> float:
-        """Mean SNR as a power ratio."""
-        return math.pow(10.0, self.snr_db / 10)
-
-    @property
-    def awgn_rate(self) -> float:
-        """Rate without fading, bit/s: no mean rate under fading is above it."""
-        return self.bandwidth_hz * math.log1p(self.snr) / math.log(2)
-
-
-#: The link of arXiv 2404.13238v2; its coherence time is not stated there and assumed here.
-PAPER_LINK = Link(snr_db=5.0, bandwidth_hz=1e6, transmit_watts=1.0)
-
-
-def profile_link(radio: Radio) -> Link:
-    """Return the link of a device's own radio."""
-    return Link(
-        snr_db=radio.snr_db, bandwidth_hz=radio.bandwidth_hz, transmit_watts=radio.transmit_watts
-    )
-
-
-def block_rates(link: Link, blocks: int, generator: np.random.Generator) -> npt.NDArray[np.float64]:
-    """Return the rate of each of ``blocks`` coherence blocks, bit/s. Shape (blocks,).
-
-    Source: Tse and Viswanath, Fundamentals of Wireless Communication, section 5.4.
-    """
-    if link.fading == "none":
-        return np.full(blocks, link.awgn_rate)
-    gain = generator.standard_exponential(blocks)
-    return np.asarray(link.bandwidth_hz / math.log(2) * np.log1p(link.snr * gain), dtype=np.float64)
-
-
-def check_bits(bits: float) -> float:
-    """Return ``bits`` if so much can be sent.
-
-    Raises:
-        InputError: If it is negative or not finite.
-    """
-    if not (math.isfinite(bits) and bits >= 0):
-        raise InputError(f"bits = {bits}; a transmission has 0 or more, and an end")
-    return float(bits)
+    seconds: float
+    air_seconds: float
+    radio_seconds: float
+    transmit_joules: float
+    delivered: bool = True
 
 
 def upload_seconds(bits: float, link: Link, generator: np.random.Generator) -> float:
-    """Return the airtime of one upload of ``bits`` >= 0, block by block.
+    """Return the delay of one upload of ``bits`` >= 0, delivered or not.
 
     Raises:
-        InputError: If ``bits`` is negative or not finite, or spans over ``MOST_BLOCKS`` blocks.
+        InputError: See ``upload``.
     """
-    left, seconds = check_bits(bits), 0.0
-    if link.fading == "none":
-        return left / link.awgn_rate
-    blocks = left / (link.awgn_rate * link.coherence_seconds)
-    if blocks > MOST_BLOCKS:
-        raise InputError(
-            f"an upload of {left:.4g} bits at snr_db = {link.snr_db:g}, "
-            f"bandwidth_hz = {link.bandwidth_hz:g} and "
-            f"coherence_seconds = {link.coherence_seconds:g} spans {blocks:.3g} coherence blocks, "
-            f"above {MOST_BLOCKS:,}; raise one of the three"
-        )
-    while left > 0:
-        rates = block_rates(link, _BLOCKS_A_DRAW, generator)
+    return upload(bits, link, generator).seconds
+
+
+def upload(bits: float, link: Link, generator: np.random.Generator) -> Upload:
+    """Return what one upload of ``bits`` >= 0 took.
+
+    Draws the shadowing first, where there is any, then the blocks.
+
+    Raises:
+        InputError: If ``bits`` is negative or not finite, or spans over ``MOST_BLOCKS`` blocks
+            without shadowing.
+    """
+    if check_bits(bits) == 0:
+        return Upload(seconds=0.0, air_seconds=0.0, radio_seconds=0.0, transmit_joules=0.0)
+    snr = draw_snr(link, generator)
+    if gives_up(bits, link, snr):
+        return given_up(link)
+    return _SCHEMES[link.scheme](float(bits), link, snr, generator)
+
+
+def gives_up(bits: float, link: Link, snr: float) -> bool:
+    """Return whether shadowing leaves an upload of ``bits`` > 0 too little SNR.
+
+    Raises:
+        InputError: If there is too little without shadowing.
+    """
+    if link.scheme == "adaptive" and link.gain_k == math.inf:
+        return False  # one block is as good as any number
+    check_blocks(likely_blocks(bits, link, link.sending_snr()), bits, link)
+    return link.shadowing_db > 0 and likely_blocks(bits, link, snr) > MOST_BLOCKS
+
+
+def given_up(link: Link) -> Upload:
+    """Return an upload that shadowing made the sender give up after ``MOST_BLOCKS`` blocks."""
+    seconds = MOST_BLOCKS * link.coherence_seconds
+    active = 1.0
+    if link.scheme == "inversion":
+        active -= gain_below(link.least_sending_gain(), link.gain_k)
+    return Upload(
+        seconds=seconds,
+        air_seconds=seconds * active * link.share.time,
+        radio_seconds=seconds * link.share.time,
+        transmit_joules=seconds * link.share.time * link.transmit_watts,
+        delivered=False,
+    )
+
+
+def likely_blocks(bits: float, link: Link, snr: float) -> float:
+    """Return about how many blocks an upload of ``bits`` > 0 takes, rather too few than too many.
+
+    Under scheme ``adaptive``: as many as without fading.
+    """
+    if link.scheme == "adaptive":
+        steady = float(adaptive_rates(link, snr, np.ones(1))[0])
+        return bits / (steady * link.coherence_seconds)
+    least, rate = on_off(link, snr)
+    blocks = pieces(bits, rate * link.coherence_seconds)[0] + 1
+    through = 1.0 if link.scheme == "outage" else 1 - gain_below(least, link.gain_k)
+    return blocks / through if through else math.inf
+
+
+def _adaptive(bits: float, link: Link, snr: float, generator: np.random.Generator) -> Upload:
+    if link.gain_k == math.inf:
+        return _constant_power(link, bits / float(adaptive_rates(link, snr, np.ones(1))[0]))
+    left, seconds = bits, 0.0
+    while True:
+        rates = adaptive_rates(link, snr, draw_gains(link.gain_k, BLOCKS_A_DRAW, generator))
         through = np.cumsum(rates * link.coherence_seconds)
         if through[-1] < left:
             left -= float(through[-1])
-            seconds += _BLOCKS_A_DRAW * link.coherence_seconds
+            seconds += BLOCKS_A_DRAW * link.coherence_seconds
             continue
         last = int(np.searchsorted(through, left))
         before = float(through[last - 1]) if last else 0.0
-        return seconds + last * link.coherence_seconds + (left - before) / float(rates[last])
-    return seconds
+        seconds += last * link.coherence_seconds
+        return _constant_power(link, seconds + (left - before) / float(rates[last]))
+
+
+def _fixed_rate(bits: float, link: Link, snr: float, generator: np.random.Generator) -> Upload:
+    least, rate = on_off(link, snr)
+    whole, rest = pieces(bits, rate * link.coherence_seconds)
+    through = 1 - gain_below(least, link.gain_k)
+    # So many blocks fail before the given number succeed.
+    failed = int(generator.negative_binomial(whole, through)) if whole else 0
+    rest_failed = int(generator.negative_binomial(1, through))
+    return _constant_power(
+        link,
+        (whole + failed + rest_failed + rest) * link.coherence_seconds,
+        on_air=(whole + failed + (rest_failed + 1) * rest) * link.coherence_seconds,
+    )
+
+
+def _outage(bits: float, link: Link, snr: float, generator: np.random.Generator) -> Upload:
+    least, rate = on_off(link, snr)
+    whole, rest = pieces(bits, rate * link.coherence_seconds)
+    every_block = math.exp((whole + 1) * _log1m(gain_below(least, link.gain_k)))
+    delivered = bool(generator.random() < every_block)
+    return _constant_power(link, (whole + rest) * link.coherence_seconds, delivered=delivered)
+
+
+def _inversion(bits: float, link: Link, snr: float, generator: np.random.Generator) -> Upload:
+    least, rate = on_off(link, snr)
+    whole, rest = pieces(bits, rate * link.coherence_seconds)
+    walked, left, powers = 0, whole + 1, 0.0
+    while True:
+        gains = draw_gains(link.gain_k, BLOCKS_A_DRAW, generator)
+        sending = np.flatnonzero(gains >= least)[:left]
+        powers += float(np.sum(1 / gains[sending]))
+        if sending.size == left:
+            break
+        left -= sending.size
+        walked += BLOCKS_A_DRAW
+    last = int(sending[-1])
+    powers -= (1 - rest) / float(gains[last])
+    air = (whole + rest) * link.coherence_seconds * link.share.time
+    seconds = (walked + last + rest) * link.coherence_seconds
+    watts = link.transmit_watts / inverse_gain_mean(least, link.gain_k)  # at a gain of 1
+    return Upload(
+        seconds=seconds,
+        air_seconds=air,
+        radio_seconds=seconds * link.share.time,
+        transmit_joules=watts * powers * link.coherence_seconds * link.share.time,
+    )
+
+
+_SCHEMES: dict[str, Callable[[float, Link, float, np.random.Generator], Upload]] = {
+    "adaptive": _adaptive,
+    "fixed-rate": _fixed_rate,
+    "outage": _outage,
+    "inversion": _inversion,
+}
+
+
+def _constant_power(
+    link: Link, seconds: float, *, on_air: float | None = None, delivered: bool = True
+) -> Upload:
+    """Return an upload at full power; in its turns where turns are taken."""
+    air = (seconds if on_air is None else on_air) * link.share.time
+    return Upload(
+        seconds=seconds,
+        air_seconds=air,
+        radio_seconds=seconds * link.share.time,
+        transmit_joules=air * link.transmit_watts,
+        delivered=delivered,
+    )
+
+
+def _log1m(probability: float) -> float:
+    """Return ln(1 - p), minus infinity at 1."""
+    return math.log1p(-probability) if probability < 1 else -math.inf

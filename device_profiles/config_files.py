@@ -9,7 +9,7 @@ import difflib
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -84,10 +84,12 @@ def check(kind: type[Model], values: Mapping[str, Any], source: str) -> Model:
             + (f" (known: {', '.join(sorted(known))})" if known else "")
         )
     if first["type"] == "missing":
-        raise InputError(f"{source}: '{'.'.join(place)}' is missing; add it")
+        raise InputError(f"{source}: '{'.'.join(place)}' is missing; add {_what(kind, place)}")
     message = first["msg"].removeprefix("Value error, ")
     if not place:  # several fields of the record contradict each other
         raise InputError(f"{source}: {message}")
+    if isinstance(first["input"], Mapping):  # several fields of a part of it do
+        raise InputError(f"{source}: {'.'.join(place)}: {message}")
     raise InputError(f"{source}: {'.'.join(place)} = {first['input']!r:.80}: {message}")
 
 
@@ -101,18 +103,45 @@ def load(kind: type[Model], path: Path) -> Model:
 
 
 def _keys_at(kind: type[BaseModel], place: list[str]) -> list[str]:
-    """Return the keys that ``kind`` knows at ``place``; list positions are stepped over."""
-    current: Any = kind
-    for part in place:
-        if part.isdigit():
-            continue
+    """Return the keys that ``kind`` knows at ``place``."""
+    record = _record_at(kind, place)
+    if record is None:
+        return []
+    return [field.alias or name for name, field in record.model_fields.items()]
+
+
+def _what(kind: type[BaseModel], place: list[str]) -> str:
+    """Return what to add where ``place`` is missing: as its field is described, or the record."""
+    holder = _record_at(kind, place[:-1])
+    field = holder.model_fields.get(place[-1]) if holder else None
+    if field is None:
+        return "it"
+    if field.description:
+        return field.description
+    record = _model_in(field.annotation)
+    if record is None:
+        return "it"
+    names = [f"'{name}'" for name, inner in record.model_fields.items() if inner.is_required()]
+    return f"a table [{'.'.join(place)}] with {' and '.join(names)}"
+
+
+def _record_at(kind: type[BaseModel], place: list[str]) -> type[BaseModel] | None:
+    """Return the record at ``place``; list positions and names in tables are stepped over."""
+    current, parts = kind, iter(place)
+    for part in parts:
         field = current.model_fields.get(part)
-        if field is None:
-            return []
-        current = _model_in(field.annotation)
-        if current is None:
-            return []
-    return [field.alias or name for name, field in current.model_fields.items()]
+        inner = _model_in(field.annotation) if field else None
+        if field is None or inner is None:
+            return None
+        if _holds_many(field.annotation):
+            next(parts, None)
+        current = inner
+    return current
+
+
+def _holds_many(annotation: Any) -> bool:
+    many = get_origin(annotation) in (dict, list, tuple)
+    return many or any(_holds_many(inner) for inner in get_args(annotation))
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -1,14 +1,26 @@
-"""The methods: which modules a device trains, and which of them travel. One row a method."""
+"""The methods: which modules a device trains, and which of them travel. One row a method.
+
+A variant ``-own`` lets every device hold as many LoRA modules as its profile affords; the baselines
+of arXiv 2404.13238v2 hold all of them everywhere.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from device_profiles.config_files import choose
-from device_profiles.modules import BaseShape, NamedShape, adapter_tensors
+from device_profiles.modules import (
+    BaseShape,
+    NamedShape,
+    adapter_tensors,
+    is_lora,
+    lora_sites,
+    lora_tensors,
+)
 
-Modules = Literal["adapters", "lora"]
+Kind = Literal["adapters", "lora"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,25 +31,48 @@ class Method:
         title: What a report calls it.
         trained: Kinds of module on the base.
         shared: Those of them that are uploaded and averaged.
+        lora: How many LoRA modules a device holds: ``own`` (what its profile affords) or ``all``
+            (every site of the placement).
+        average: What is averaged of shared LoRA: ``tensors`` (each factor by itself, as the
+            baselines do, though mean(B) mean(A) is not mean(B A)) or ``product``.
     """
 
     title: str
-    trained: tuple[Modules, ...]
-    shared: tuple[Literal["adapters"], ...]
+    trained: tuple[Kind, ...]
+    shared: tuple[Kind, ...]
+    lora: Literal["own", "all"] = "own"
+    average: Literal["tensors", "product"] = "tensors"
 
+
+_BOTH: tuple[Kind, ...] = ("adapters", "lora")
 
 METHODS: dict[str, Method] = {
     "pwff": Method(
-        title="PWFF (adapters averaged, LoRA personal)",
-        trained=("adapters", "lora"),
-        shared=("adapters",),
+        title="PWFF (adapters averaged, LoRA personal)", trained=_BOTH, shared=("adapters",)
+    ),
+    "vanilla-fl": Method(
+        title="Vanilla FL (adapters and LoRA averaged)", trained=_BOTH, shared=_BOTH, lora="all"
+    ),
+    "vanilla-fl-own": Method(
+        title="Vanilla FL, LoRA as the device affords", trained=_BOTH, shared=_BOTH
     ),
     "fedada": Method(
         title="FedAda (adapters only, averaged)", trained=("adapters",), shared=("adapters",)
     ),
-    "local-only": Method(
-        title="Local only (nothing leaves the device)", trained=("adapters", "lora"), shared=()
+    "fedlora": Method(
+        title="FedLoRA (LoRA only, averaged)", trained=("lora",), shared=("lora",), lora="all"
     ),
+    "fedlora-own": Method(
+        title="FedLoRA, LoRA as the device affords", trained=("lora",), shared=("lora",)
+    ),
+    "fedlora-product": Method(
+        title="FedLoRA, products B A averaged",
+        trained=("lora",),
+        shared=("lora",),
+        lora="all",
+        average="product",
+    ),
+    "local-only": Method(title="Local only (nothing leaves the device)", trained=_BOTH, shared=()),
 }
 
 
@@ -50,6 +85,38 @@ def find_method(name: str) -> Method:
     return METHODS[choose("method", name, METHODS)]
 
 
-def shared_tensors(method: Method, base: BaseShape, adapter_size: int) -> list[NamedShape]:
-    """Return the tensors that travel, in order."""
-    return adapter_tensors(base, adapter_size) if "adapters" in method.shared else []
+@dataclass(frozen=True, kw_only=True)
+class ModuleShape:
+    """The small modules of a run: their base, bottleneck size M, placement and rank R."""
+
+    base: BaseShape
+    adapter_size: int
+    placement: str
+    lora_rank: int
+
+
+def shared_tensors(method: Method, modules: ModuleShape) -> list[NamedShape]:
+    """Return the tensors that travel: adapters block by block, then LoRA in the order of filling.
+
+    A device with fewer LoRA modules holds the first of them (see ``held_tensors``).
+
+    Raises:
+        InputError: If adapter size or placement do not fit the base.
+    """
+    tensors: list[NamedShape] = []
+    if "adapters" in method.shared:
+        tensors += adapter_tensors(modules.base, modules.adapter_size)
+    if "lora" in method.shared:
+        tensors += lora_tensors(lora_sites(modules.base, modules.placement), modules.lora_rank)
+    return tensors
+
+
+def held_tensors(names: Sequence[str], lora_count: int) -> int:
+    """Return how many of the shared tensors, from the first, a device holds.
+
+    Args:
+        names: All shared tensors of the run, in order.
+        lora_count: LoRA modules on the device, each of two tensors.
+    """
+    lora = sum(is_lora(name) for name in names)
+    return len(names) - lora + min(lora, 2 * lora_count)

@@ -164,6 +164,11 @@ def adapter_tensors(base: BaseShape, size: int) -> list[NamedShape]:
     return tensors
 
 
+def is_lora(name: str) -> bool:
+    """Return whether a tensor is a factor of a LoRA module."""
+    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+
+
 def lora_tensors(sites: list[LoraSite], rank: int) -> list[NamedShape]:
     """Return the two factors of every LoRA module: R*(in + out) parameters each."""
     tensors = []

@@ -313,7 +313,7 @@ class Agent:
             chunk_bytes=setup.chunk_bytes,
             chunks=chunk_count(len(blob), setup.chunk_bytes),
             binding=self._binding,
-            layout=setup.layout.sha256,
+            layout=setup.own_layout(self.local.device.lora_count).sha256,
             codec=task.codec,
             costs=result.costs,
         )

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from device_profiles.channel import Link
-from device_profiles.methods import Method, shared_tensors
+from device_profiles.methods import Method, ModuleShape
 from device_profiles.modules import (
     adapter_sites,
     adapter_tensors,
     first_lora_sites,
     lora_rank,
+    lora_sites,
     lora_tensors,
 )
+from device_profiles.profile import Profile
+from device_profiles.step_memory import base_bytes
+from device_profiles.step_model import StepShape
+from edge_client.costs import method_layout, own_layout
 from edge_client.data.partition import Part
 from messaging.layout import Layout
-from messaging.protocol import Channel, DeviceRecord, Preference
+from messaging.protocol import Channel, DeviceRecord, Power, Precision, Preference
 from quantization.identity import BaseIdentity
 
 
@@ -38,12 +43,44 @@ class Modules:
 
     def layout(self) -> Layout:
         """Return the allow-list: the tensors that may travel, in order."""
-        shared = shared_tensors(self.method, self.identity.shape, self.adapter_size)
-        return Layout.of((t.name, t.shape, t.bottleneck_axis) for t in shared)
+        return method_layout(self.method, self.shape())
+
+    def shape(self) -> ModuleShape:
+        """Return the modules as plain values."""
+        return ModuleShape(
+            base=self.identity.shape,
+            adapter_size=self.adapter_size,
+            placement=self.placement,
+            lora_rank=self.lora_rank()[0],
+        )
+
+    def lora_count(self, afforded: int) -> int:
+        """Return how many LoRA modules a device that affords so many holds under this method."""
+        sites = len(lora_sites(self.identity.shape, self.placement))
+        return sites if self.method.lora == "all" else min(afforded, sites)
 
     def lora_rank(self) -> tuple[int, str]:
         """Return the rank and whether it was given or is in proportion to the width."""
         return lora_rank(self.identity.shape, self.rank)
+
+
+def held_bytes(identity: BaseIdentity, precision: Precision) -> int:
+    """Return what a base takes in memory at a precision."""
+    shape = StepShape(
+        base=identity.shape,
+        heads=1,  # of which the size does not depend
+        vocabulary=identity.vocabulary,
+        positions=identity.positions,
+        adapter_size=0,
+        placement="qkv",
+        lora_rank=0,
+    )
+    return base_bytes(shape, precision.removesuffix("-dynamic"))
+
+
+def link_of(device: DeviceRecord) -> Link:
+    """Return the uplink that a device's record states."""
+    return Link(**device.channel.model_dump())
 
 
 def describe_device(
@@ -52,10 +89,11 @@ def describe_device(
     link: Link,
     *,
     client: str,
-    profile: str,
+    profile: Profile,
     lora_count: int,
     threads: int,
     helpfulness: float,
+    precision: Precision = "fp32",
     costs: Literal["modelled", "measured"],
 ) -> DeviceRecord:
     """Return the record of a device that trains ``lora_count`` LoRA modules, if its method has any.
@@ -71,30 +109,30 @@ def describe_device(
     return DeviceRecord.model_validate(
         {
             "id": client,
-            "profile": profile,
+            "profile": profile.name,
             "lora_count": len(sites),
             "lora_rank": rank if sites else 0,
             "lora_rank_rule": rule if sites else "none",
             "adapter_count": len(adapter_sites(shape)) if adapters else 0,
             "adapter_size": modules.adapter_size if adapters else 0,
             "placement": modules.placement,
-            "precision": "fp32",
+            "precision": precision,
             "threads": threads,
-            "base_bytes": modules.identity.base_bytes,
+            "base_bytes": held_bytes(modules.identity, precision),
             "examples": len(part.train),
             "held_out_examples": len(part.held_out),
             "categories": part.groups,
             "trainable_parameters": sum(t.size for t in tensors),
-            "shared_parameters": modules.layout().size,
+            "shared_parameters": own_layout(modules.layout(), len(sites)).size,
             "preference": Preference(
                 helpfulness=helpfulness, harmlessness=round(1 - helpfulness, 6)
             ),
-            "channel": Channel(
-                snr_db=link.snr_db,
-                bandwidth_hz=link.bandwidth_hz,
-                transmit_watts=link.transmit_watts,
-                fading=link.fading,
-                coherence_seconds=link.coherence_seconds,
+            "channel": Channel(**asdict(link)),
+            "power": Power(
+                idle_watts=profile.compute.idle_watts,
+                receive_watts=profile.radio.receive_watts,
+                circuit_watts=profile.radio.circuit_watts,
+                battery_joules=profile.battery_joules,
             ),
             "costs": costs,
         }

@@ -13,24 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from device_profiles.channel import Link
-from device_profiles.energy import (
-    compute_cost,
-    downlink_seconds,
-    training_flops_per_token,
-    uplink_cost,
-)
 from device_profiles.errors import InputError
+from device_profiles.methods import ModuleShape, find_method
 from device_profiles.modules import first_lora_sites, initial_adapters, initial_lora
+from device_profiles.pricing import CostBasis
 from device_profiles.profile import Profile
 from device_profiles.seeds import stream
+from edge_client.costs import CostModel, own_layout
 from edge_client.data.instructions import Example
 from edge_client.data.prompts import Encoded, encode_example
-from edge_client.peft.tuned_model import TunedModel
+from edge_client.peft.packed_model import PackedModel
 from edge_client.state import ClientState, StateStore, settled
 from edge_client.trainer import Training, evaluate, train
-from messaging.chunks import wire_bytes
 from messaging.codecs import BlobHeader, encode_blob, quantise_with_feedback
-from messaging.layout import Layout, Vector
+from messaging.layout import Layout, Tensors, Vector
 from messaging.protocol import Costs, DeviceRecord, Task
 
 
@@ -57,6 +53,11 @@ class Setup:
     adapter_size: int
     lora_rank: int
     chunk_bytes: int
+    priced: CostBasis | None = None
+
+    def own_layout(self, lora_count: int) -> Layout:
+        """Return what a device with so many LoRA modules sends."""
+        return own_layout(self.layout, lora_count)
 
 
 class LocalClient:
@@ -75,7 +76,7 @@ class LocalClient:
     def __init__(
         self,
         setup: Setup,
-        model: TunedModel,
+        model: PackedModel,
         *,
         device: DeviceRecord,
         profile: Profile,
@@ -88,8 +89,23 @@ class LocalClient:
         self.setup = setup
         self.device = device
         self._model = model
+        self._layout = setup.own_layout(device.lora_count)
         self._profile = profile
-        self._link = link
+        self._costs = CostModel(
+            method=find_method(setup.method),
+            modules=ModuleShape(
+                base=model.base.identity.shape,
+                adapter_size=setup.adapter_size,
+                placement=setup.placement,
+                lora_rank=setup.lora_rank,
+            ),
+            parameters=model.base.identity.parameters,
+            lora_count=device.lora_count,
+            priced=setup.priced,
+            profile=profile,
+            link=link,
+            chunk_bytes=setup.chunk_bytes,
+        )
         self._train_examples = train_examples
         self._held_out = held_out
         self._store = StateStore(folder)
@@ -119,20 +135,26 @@ class LocalClient:
 
     def _initial(self, seed: int) -> ClientState:
         shape = self._model.base.identity.shape
-        personal = {}
+        tensors: Tensors = {}
         if self.device.lora_count:
             sites = first_lora_sites(shape, self.setup.placement, self.device.lora_count)
-            personal = initial_lora(sites, self.setup.lora_rank, seed)
-        if self.device.adapter_count and not self.setup.layout.specs:
-            personal |= initial_adapters(shape, self.setup.adapter_size, seed)
-        return ClientState(round=0, personal=personal)
+            tensors = initial_lora(sites, self.setup.lora_rank, seed)
+        if self.device.adapter_count:
+            tensors |= initial_adapters(shape, self.setup.adapter_size, seed)
+        return ClientState(round=0, personal=self._personal(tensors))
+
+    def _personal(self, tensors: Tensors) -> Tensors:
+        return {n: t for n, t in tensors.items() if n not in self._layout.names}
 
     def _install(self, state: ClientState, shared: Vector | None) -> None:
         """Put every tensor that trains on the model: what another client left there is gone."""
         self._model.activate(self.device.lora_count)
-        tensors = state.personal | (self.setup.layout.unpack(shared) if shared is not None else {})
+        tensors = dict(state.personal)
+        if shared is not None:
+            tensors |= self._layout.unpack(shared[: self._layout.size])
         wanted = {n: tuple(p.shape) for n, p in self._model.trainable().items()}
-        if {n: t.shape for n, t in tensors.items()} != wanted:
+        moments = state.first_moments or tensors  # where LoRA is shared they alone tell its count
+        if any({n: t.shape for n, t in kept.items()} != wanted for kept in (tensors, moments)):
             raise InputError(
                 f"the state of '{self.device.id}' in {self._store.folder} is of other LoRA modules "
                 f"than lora_count = {self.device.lora_count} of rank {self.setup.lora_rank}; give "
@@ -158,8 +180,13 @@ class LocalClient:
         self._install(state, shared)
         held_out = self._examples("held_out", task.max_length)
         result = evaluate(self._model, held_out)
+        down = self._costs.downlink(download_bytes)
         return Result(
-            costs=self._costs(download_bytes=download_bytes),
+            costs=Costs(
+                download_bytes=download_bytes,
+                downlink_seconds=down.seconds,
+                downlink_joules=down.joules,
+            ),
             examples=len(held_out),
             eval_loss=result.loss,
             eval_accuracy=result.accuracy,
@@ -180,11 +207,10 @@ class LocalClient:
             seed=task.seed,
             words=(self.device.id, task.round),
         )
-        shared_names = self.setup.layout.names
         state = replace(
             before,
             round=task.round,
-            personal={n: t for n, t in done.tensors.items() if n not in shared_names},
+            personal=self._personal(done.tensors),
             first_moments=done.first_moments,
             second_moments=done.second_moments,
             steps=done.steps,
@@ -194,11 +220,7 @@ class LocalClient:
             state, blob = self._pack(task, state, done, shared)
         self._store.save(state)
         return Result(
-            costs=self._costs(
-                download_bytes=download_bytes,
-                training=(done, self._clock() - started),
-                upload=(task, wire_bytes(len(blob), self.setup.chunk_bytes)) if blob else None,
-            ),
+            costs=self._training_costs(task, done, self._clock() - started, download_bytes, blob),
             examples=len(examples),
             blob=blob,
             train_loss=done.loss,
@@ -208,10 +230,10 @@ class LocalClient:
         self, task: Task, state: ClientState, done: Training, shared: Vector
     ) -> tuple[ClientState, bytes]:
         """Return the state with its pending residual, and the update as bytes."""
-        layout = self.setup.layout
+        layout = self._layout
         after = layout.pack({n: t for n, t in done.tensors.items() if n in layout.names})
         difference, residual = quantise_with_feedback(
-            after - shared, state.residual, layout, task.codec
+            after - shared[: layout.size], state.residual, layout, task.codec
         )
         header = BlobHeader(
             run=self.setup.run,
@@ -226,37 +248,37 @@ class LocalClient:
         pending = None if lossless else residual
         return replace(state, pending=pending), encode_blob(difference, layout, header)
 
-    def _costs(
-        self,
-        *,
-        download_bytes: int,
-        training: tuple[Training, float] | None = None,
-        upload: tuple[Task, int] | None = None,
+    def _training_costs(
+        self, task: Task, done: Training, measured: float, download_bytes: int, blob: bytes | None
     ) -> Costs:
-        seconds = joules = up_seconds = up_joules = 0.0
-        if training is not None:
-            done, measured = training
-            identity = self._model.base.identity
-            flops = done.tokens * training_flops_per_token(
-                identity.parameters,
-                self.device.trainable_parameters,
-                identity.shape,
-                done.tokens // done.rows,
-            )
-            modelled = compute_cost(flops, self._profile.compute)
-            seconds, joules = modelled.seconds, modelled.joules
-            if self.device.costs == "measured":
-                seconds, joules = measured, measured * self._profile.compute.watts
-        if upload is not None:
-            task, size = upload
-            draw = stream(task.seed, "channel", task.round, self.device.id)
-            sent = uplink_cost(8 * size, self._link, draw)
-            up_seconds, up_joules = sent.seconds, sent.joules
-        return Costs(
+        """Return the costs of a training; ``measured`` seconds count on a real device."""
+        compute = self._costs.compute(done.tokens, done.rows)
+        if self.device.costs == "measured":
+            compute = self._costs.measured(measured)
+        down = self._costs.downlink(download_bytes)
+        costs = Costs(
             download_bytes=download_bytes,
-            downlink_seconds=downlink_seconds(8 * download_bytes, self._link),
-            compute_seconds=seconds,
-            compute_joules=joules,
-            uplink_seconds=up_seconds,
-            uplink_joules=up_joules,
+            downlink_seconds=down.seconds,
+            downlink_joules=down.joules,
+            compute_seconds=compute.seconds,
+            compute_joules=compute.joules,
+        )
+        if blob is None:
+            return costs
+        up = self._costs.uplink(
+            len(blob),
+            task.codec,
+            generator=stream(task.seed, "channel", task.round, self.device.id),
+            wait_until=max(0.0, task.upload_within_seconds - compute.seconds),
+        )
+        return costs.model_copy(
+            update={
+                "uplink_bits": up.bits,
+                "uplink_seconds": up.seconds,
+                "uplink_air_seconds": up.air_seconds,
+                "uplink_joules": up.transmit_joules,
+                "uplink_circuit_joules": up.circuit_joules,
+                "uplink_joules_saved": up.joules_saved,
+                "lost": not up.delivered,
+            }
         )

@@ -11,20 +11,22 @@ from pydantic import Field
 
 from device_profiles.channel import PAPER_LINK, profile_link
 from device_profiles.config_files import Config, load
-from device_profiles.fleet import check_lora_count
+from device_profiles.errors import InputError
+from device_profiles.fleet import check_lora_count, lora_count_of
 from device_profiles.methods import find_method
-from device_profiles.modules import lora_sites
+from device_profiles.planning import planned_precision
 from device_profiles.profile import find_profile
 from edge_client.data.instructions import load_instructions
 from edge_client.data.partition import partition
 from edge_client.device_record import Modules, describe_device
 from edge_client.host import Host
 from edge_client.local_client import LocalClient, Setup
-from edge_client.peft.tuned_model import TunedModel
+from edge_client.peft.packed_model import PackedModel
 from messaging.chunks import CHUNK_BYTES
 from messaging.mqtt import MqttNetwork
 from messaging.protocol import Identifier
-from quantization.base_model import load_base, set_threads
+from quantization.base_model import set_threads
+from quantization.frozen_gpt2 import load_frozen
 from quantization.identity import BaseIdentity, binding, identify
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class Client(Config):
         broker: ``mqtt://[user:password@]HOST:PORT`` (``mqtts`` for TLS).
         folder: Where the device keeps what never leaves it, in a folder for each run.
         profile: What the device is: a name of the catalog or a TOML file.
+        precision: Of the frozen base; ``auto`` is what the device's plan says.
         lora_count: 12 to 36, instead of the profile's.
         method: The run's: which modules train here, and which of them travel.
         held_out_share: Of the device's examples, where the data does not say itself.
@@ -53,10 +56,10 @@ class Client(Config):
     profile: str
     data: str
     model: str = "mini"
-    precision: Literal["auto", "fp32"] = "auto"
     method: str = "pwff"
     placement: str = "qkv"
     adapter_size: Annotated[int, Field(ge=1, le=4096)] = 10
+    precision: Literal["auto", "fp32", "bf16", "int8", "int8-dynamic", "nf4"] = "auto"
     lora_count: int | None = None
     lora_rank: int | None = None
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -101,9 +104,14 @@ def take_part(client: Client, on_start: Callable[[Host], None]) -> list[str]:
 
 
 def _local_client(client: Client, identity: BaseIdentity) -> LocalClient:
-    shape = identity.shape
     method = find_method(client.method)
     profile = find_profile(client.profile)
+    if profile.emulation_only:
+        raise InputError(
+            f"profile '{profile.name}' is for emulation only: this software does not run on it "
+            f"({profile.note or profile.title}); give the profile of this machine, or measure one "
+            "with `pwff devices measure`"
+        )
     modules = Modules(
         method=method,
         identity=identity,
@@ -111,7 +119,6 @@ def _local_client(client: Client, identity: BaseIdentity) -> LocalClient:
         placement=client.placement,
         rank=client.lora_rank,
     )
-    afforded = min(profile.lora_count, len(lora_sites(shape, client.placement)))
     dataset = load_instructions(client.data)
     for line, reason in dataset.broken:
         log.warning("data: line %d left out: %s", line, reason)
@@ -130,14 +137,15 @@ def _local_client(client: Client, identity: BaseIdentity) -> LocalClient:
         part,
         link,
         client=client.client,
-        profile=profile.name,
-        lora_count=client.lora_count or afforded,
+        profile=profile,
+        lora_count=client.lora_count or modules.lora_count(lora_count_of(profile, None)),
         threads=client.threads,
         helpfulness=client.helpfulness,
+        precision=planned_precision(profile) if client.precision == "auto" else client.precision,
         costs="measured",
     )
-    model = TunedModel(
-        load_base(identity),
+    model = PackedModel(
+        load_frozen(identity, device.precision),
         adapter_size=device.adapter_size,
         placement=client.placement,
         lora_count=device.lora_count,

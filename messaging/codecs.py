@@ -1,4 +1,4 @@
-"""How a packed vector becomes bytes: fp32, fp16, and int8 with scales along the bottleneck axis.
+"""How a packed vector becomes bytes: fp32, fp16, and int8 or int4 scaled along the bottleneck axis.
 
 An encoded vector is a set of named arrays (``packed``, and ``scales`` where the codec has them)
 inside a safetensors file whose metadata holds one JSON header. Nothing is ever unpickled.
@@ -57,8 +57,8 @@ def _segments(vector: Vector, layout: Layout) -> Iterator[tuple[TensorSpec, Vect
         start += spec.size
 
 
-def _int8_encode(vector: Vector, layout: Layout) -> Arrays:
-    """Round to the nearest of 255 steps of ``max |x| / 127`` per scale.
+def _quantise(vector: Vector, layout: Layout, most: int) -> Arrays:
+    """Round to the nearest of the steps ``-most`` to ``most`` of ``max |x| / most`` per scale.
 
     A value that is not finite makes its scale not finite, and the receiver refuses the blob.
     """
@@ -66,10 +66,10 @@ def _int8_encode(vector: Vector, layout: Layout) -> Arrays:
     scales = np.empty(layout.scales, np.float32)
     start = at = 0
     for spec, rows in _segments(vector, layout):
-        scale = (np.abs(rows).max(axis=1) / np.float32(127)).astype(np.float32)
+        scale = (np.abs(rows).max(axis=1) / np.float32(most)).astype(np.float32)
         safe = np.where(scale > 0, scale, np.float32(1))
         with np.errstate(invalid="ignore"):
-            steps = np.clip(np.rint(rows / safe[:, None]), -127, 127)  # a subnormal scale is coarse
+            steps = np.clip(np.rint(rows / safe[:, None]), -most, most)  # subnormal scale: coarse
             packed[start : start + spec.size] = steps.reshape(-1)
         scales[at : at + spec.scales] = scale
         start += spec.size
@@ -77,7 +77,7 @@ def _int8_encode(vector: Vector, layout: Layout) -> Arrays:
     return {"packed": packed, "scales": scales}
 
 
-def _int8_decode(arrays: Arrays, layout: Layout) -> Vector:
+def _dequantise(arrays: Arrays, layout: Layout) -> Vector:
     """Return the vector; the packed integers lie scale by scale, not in the tensor's own order."""
     vector = np.empty(layout.size, np.float32)
     start = at = 0
@@ -94,6 +94,34 @@ def _int8_decode(arrays: Arrays, layout: Layout) -> Vector:
         start += spec.size
         at += spec.scales
     return vector
+
+
+def _int4_encode(vector: Vector, layout: Layout) -> Arrays:
+    """Round to the nearest of 15 steps, and put two of them in a byte, the first one low.
+
+    A scale is fp32, as that of int8: half precision spares 0.5 % of GPT-2-small's bytes, and is
+    coarse where the largest entry is below 4e-4. A spare half byte at the end is zero.
+    """
+    arrays = _quantise(vector, layout, 7)
+    nibbles = np.zeros(layout.size + layout.size % 2, np.uint8)
+    nibbles[: layout.size] = arrays["packed"].view(np.uint8) & 15
+    return arrays | {"packed": nibbles[::2] | nibbles[1::2] << 4}
+
+
+def _int4_decode(arrays: Arrays, layout: Layout) -> Vector:
+    """Return the vector.
+
+    Raises:
+        ProtocolError: With code ``range``, if a step is -8, or the last byte's spare half is used.
+    """
+    packed = arrays["packed"].astype(np.uint8)
+    nibbles = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)
+    if (nibbles == 8).any():
+        raise ProtocolError("range", "'packed' holds the step -8; int4 has -7 to 7")
+    if nibbles[layout.size :].any():
+        raise ProtocolError("range", "'packed' uses the half byte behind its last step; it is 0")
+    steps = (nibbles[: layout.size] ^ 8).astype(np.int8) - np.int8(8)  # two's complement
+    return _dequantise(arrays | {"packed": steps}, layout)
 
 
 def _fp16_encode(vector: Vector, _layout: Layout) -> Arrays:
@@ -115,10 +143,18 @@ CODECS: dict[str, CodecRow] = {
         arrays=lambda layout: {"packed": ("float16", (layout.size,))},
     ),
     "int8": CodecRow(
-        encode=_int8_encode,
-        decode=_int8_decode,
+        encode=lambda vector, layout: _quantise(vector, layout, 127),
+        decode=_dequantise,
         arrays=lambda layout: {
             "packed": ("int8", (layout.size,)),
+            "scales": ("float32", (layout.scales,)),
+        },
+    ),
+    "int4": CodecRow(
+        encode=_int4_encode,
+        decode=_int4_decode,
+        arrays=lambda layout: {
+            "packed": ("uint8", ((layout.size + 1) // 2,)),
             "scales": ("float32", (layout.scales,)),
         },
     ),
@@ -159,8 +195,8 @@ def decode_blob(blob: bytes, layout: Layout) -> tuple[BlobHeader, Vector]:
     """Return header and vector of a blob, after every check that needs no model.
 
     Raises:
-        ProtocolError: With code ``format``, ``layout``, ``name``, ``shape``, ``dtype`` or
-            ``finite``: what arrived is not an update of this layout.
+        ProtocolError: With code ``format``, ``layout``, ``name``, ``shape``, ``dtype``,
+            ``range`` or ``finite``: what arrived is not an update of this layout.
     """
     header = read_header(blob)
     if header.layout != layout.sha256:

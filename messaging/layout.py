@@ -24,7 +24,7 @@ Vector = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """One tensor: its name, its shape, and the axis along which int8 has a scale for each entry.
+    """One tensor: its name, its shape, and the axis with a scale for each entry in int8 and int4.
 
     ``scale_axis`` is the bottleneck axis of an adapter or LoRA factor; ``None`` (a bias) means one
     scale for the tensor.
@@ -41,7 +41,7 @@ class TensorSpec:
 
     @property
     def scales(self) -> int:
-        """Number of int8 scales."""
+        """Number of scales of int8 and int4."""
         return 1 if self.scale_axis is None else self.shape[self.scale_axis]
 
 
@@ -56,6 +56,10 @@ class Layout:
         """Return the layout of (name, shape, scale axis) in the order given."""
         return cls(tuple(TensorSpec(name=n, shape=s, scale_axis=axis) for n, s, axis in tensors))
 
+    def first(self, count: int) -> Layout:
+        """Return the layout of the first ``count`` tensors."""
+        return self if count == len(self.specs) else Layout(self.specs[:count])
+
     @cached_property
     def sha256(self) -> str:
         """Hash of names, shapes and scale axes."""
@@ -69,7 +73,7 @@ class Layout:
 
     @cached_property
     def scales(self) -> int:
-        """Number of int8 scales of the packed vector."""
+        """Number of scales of int8 and int4 of the packed vector."""
         return sum(s.scales for s in self.specs)
 
     @cached_property

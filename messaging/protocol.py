@@ -37,7 +37,8 @@ Round = Annotated[int, Field(ge=0, le=1_000_000)]
 Bitmap = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$", max_length=MAX_CHUNKS // 4)]
 Category = Annotated[str, Field(max_length=200)]
 Stage = Literal["instruction", "reward", "alignment"]
-Codec = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "bf16", "int8", "int8-dynamic", "nf4"]
+Codec = Literal["fp32", "fp16", "int8", "int4"]
 Outcome = Literal["aggregated", "late", "lost", "rejected", "skipped", "none"]
 
 
@@ -48,14 +49,21 @@ class Record(BaseModel):
 
 
 class Channel(Record):
-    """A device's uplink as the run's record states it."""
+    """A device's uplink as the run's record states it; what it has no use for is left out."""
 
     snr_db: Annotated[float, Field(ge=-100, le=100)]
     bandwidth_hz: Annotated[float, Field(gt=0, le=1e12)]
     transmit_watts: Annotated[float, Field(ge=0, le=1e4)]
-    fading: Literal["rayleigh", "none"]
-    sharing: Literal["dedicated"] = "dedicated"
+    fading: Literal["rayleigh", "rician", "none"]
     coherence_seconds: Annotated[float, Field(gt=0, le=1e4)]
+    rician_k: Annotated[float, Field(gt=0, le=1000)] | None = None
+    shadowing_db: Annotated[float, Field(ge=0, le=20)] = 0.0
+    scheme: Literal["adaptive", "fixed-rate", "outage", "inversion"] = "adaptive"
+    rate_bits_per_hz: Annotated[float, Field(gt=0, le=100)] | None = None
+    cut_off_gain: Annotated[float, Field(gt=0, le=1000)] | None = None
+    csi_error_variance: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    sharing: Literal["dedicated", "tdma", "fdma"] = "dedicated"
+    sharers: Annotated[int, Field(ge=1, le=100_000)] = 1
 
 
 class Preference(Record):
@@ -72,6 +80,15 @@ class Preference(Record):
         return self
 
 
+class Power(Record):
+    """What a device draws besides training and sending, watts, and what its battery holds."""
+
+    idle_watts: Annotated[float, Field(ge=0, le=1e5)] = 0.0
+    receive_watts: Annotated[float, Field(ge=0, le=1e4)] = 0.0
+    circuit_watts: Annotated[float, Field(ge=0, le=1e4)] = 0.0
+    battery_joules: Annotated[float, Field(gt=0, le=1e12)] | None = None
+
+
 class DeviceRecord(Record):
     """What a device says of itself; it becomes the client's entry in ``run.json``."""
 
@@ -83,7 +100,7 @@ class DeviceRecord(Record):
     adapter_count: Annotated[int, Field(ge=0, le=4096)]
     adapter_size: Annotated[int, Field(ge=0, le=65_536)]
     placement: Identifier
-    precision: Literal["fp32"]
+    precision: Precision
     threads: Annotated[int, Field(ge=1, le=4096)]
     base_bytes: Count
     examples: Count
@@ -93,18 +110,30 @@ class DeviceRecord(Record):
     shared_parameters: Count
     preference: Preference
     channel: Channel
+    power: Power = Power()
     costs: Literal["modelled", "measured"]
 
 
 class Costs(Record):
-    """What a device's part of a round took: modelled in emulation, measured on a real device."""
+    """What a device's part of a round took: modelled in emulation, measured on a real device.
+
+    ``uplink_joules`` are radiated; the radio's circuits and reception stand apart.
+    ``uplink_joules_saved`` by waiting for good coherence blocks; below 0 where it cost more. An
+    upload that is ``lost`` on the air has cost its time and energy all the same.
+    """
 
     download_bytes: Count = 0
     downlink_seconds: Amount = 0.0
+    downlink_joules: Amount = 0.0
     compute_seconds: Amount = 0.0
     compute_joules: Amount = 0.0
+    uplink_bits: Amount = 0.0
     uplink_seconds: Amount = 0.0
     uplink_joules: Amount = 0.0
+    uplink_air_seconds: Amount = 0.0
+    uplink_circuit_joules: Amount = 0.0
+    uplink_joules_saved: Annotated[float, Field(ge=-1e15, le=1e15)] = 0.0
+    lost: bool = False
 
 
 class _Message(Record):
@@ -187,7 +216,8 @@ class Task(_Message):
     """One piece of work for one device: install ``state``, then train or evaluate, or stop.
 
     ``outcome`` says what became of the device's last update: of ``round`` when it evaluates, of the
-    round before when it trains.
+    round before when it trains. ``upload_within_seconds`` of the round's beginning: above 0, the
+    device may wait so long for a good channel.
     """
 
     kind: Literal["TASK"] = "TASK"
@@ -202,6 +232,7 @@ class Task(_Message):
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 1
     learning_rate: Annotated[float, Field(ge=0, le=100)] = 0.0
     codec: Codec = "fp32"
+    upload_within_seconds: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 512
     reason: Annotated[str, Field(max_length=400)] = ""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from cloud_aggregator.cohort import CohortRule
 from cloud_aggregator.emulation.fleet import ClientSpec, FleetPlan, WorkerSpec, plan_fleet
 from cloud_aggregator.emulation.pool import WorkerPool
 from cloud_aggregator.experiment import Experiment, check_same, stored
@@ -175,7 +176,7 @@ def _record(planned: _Planned, *, resume: bool) -> RunRecord:
         workers=planned.workers,
         transport=experiment.transport,
         codec=experiment.codec,
-        model=model_record(planned.identity),
+        model=model_record(planned.identity, planned.fleet.priced),
         data=DataRecord(
             source=experiment.data,
             sha256=dataset.sha256,
@@ -209,8 +210,7 @@ def _settings(planned: _Planned) -> RunSettings:
         run=experiment.run_name,
         method=experiment.method,
         seed=experiment.seed,
-        base=planned.identity.shape,
-        adapter_size=experiment.adapter_size,
+        modules=planned.fleet.modules,
         layout=planned.fleet.layout,
         binding=planned.binding,
         clients=experiment.clients,
@@ -226,10 +226,18 @@ def _settings(planned: _Planned) -> RunSettings:
         rules=RoundRules(quorum=experiment.quorum, deadline_seconds=experiment.deadline_seconds),
         virtual_time=True,
         known_clients=frozenset(c.device.id for c in planned.fleet.clients),
+        cohort=_cohort(experiment),
+        waits_for_channel=experiment.upload_policy == "wait",
         patience_seconds=_PATIENCE_SECONDS,
         epsilon=experiment.epsilon,
         patience=experiment.patience,
     )
+
+
+def _cohort(experiment: Experiment) -> CohortRule | None:
+    if experiment.cohort is None:
+        return None
+    return CohortRule(size=experiment.cohort, selection=experiment.selection, seed=experiment.seed)
 
 
 @contextlib.contextmanager
@@ -268,10 +276,11 @@ def _worker_specs(planned: _Planned) -> list[WorkerSpec]:
             data_sha256=planned.dataset.sha256,
             placement=experiment.placement,
             adapter_size=experiment.adapter_size,
-            lora_rank=planned.fleet.lora_rank,
+            lora_rank=planned.fleet.modules.lora_rank,
             threads=experiment.threads,
             chunk_bytes=experiment.chunk_bytes,
             method=experiment.method,
+            priced=planned.fleet.priced,
             clients=sorted(share, key=lambda c: c.device.id),
         )
         for share in shares

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 
 from cloud_aggregator.experiment import Experiment
-from device_profiles.channel import PAPER_LINK, Link, profile_link
 from device_profiles.fleet import Device, check_lora_count, draw_fleet, find_fleet
-from device_profiles.methods import find_method
-from device_profiles.modules import adapter_sites, lora_sites
+from device_profiles.methods import ModuleShape, find_method
+from device_profiles.modules import adapter_sites, lora_rank
+from device_profiles.planning import planned_precision
+from device_profiles.pricing import PRICED_SHAPES, CostBasis, cost_basis
 from device_profiles.profile import Profile
 from edge_client.data.instructions import Dataset
 from edge_client.data.partition import Part, partition
 from edge_client.device_record import Modules, describe_device
 from messaging.layout import Layout
-from messaging.protocol import DeviceRecord
+from messaging.protocol import DeviceRecord, Precision
 from quantization.identity import BaseIdentity
 
 #: The broker's address reaches a worker through its environment: it may hold a password.
@@ -51,6 +52,7 @@ class WorkerSpec(BaseModel):
     threads: int
     chunk_bytes: int
     method: str
+    priced: CostBasis | None
     clients: list[ClientSpec]
 
 
@@ -60,7 +62,8 @@ class FleetPlan:
 
     clients: list[ClientSpec]
     layout: Layout
-    lora_rank: int
+    modules: ModuleShape
+    priced: CostBasis | None
 
 
 def plan_fleet(experiment: Experiment, identity: BaseIdentity, dataset: Dataset) -> FleetPlan:
@@ -98,33 +101,40 @@ def plan_fleet(experiment: Experiment, identity: BaseIdentity, dataset: Dataset)
         )
         for device, part in zip(devices, parts, strict=True)
     ]
-    return FleetPlan(clients=clients, layout=modules.layout(), lora_rank=modules.lora_rank()[0])
-
-
-def link_of(device: DeviceRecord) -> Link:
-    """Return the uplink that a client's record states."""
-    channel = device.channel
-    return Link(
-        snr_db=channel.snr_db,
-        bandwidth_hz=channel.bandwidth_hz,
-        transmit_watts=channel.transmit_watts,
-        fading=channel.fading,
-        coherence_seconds=channel.coherence_seconds,
+    return FleetPlan(
+        clients=clients,
+        layout=modules.layout(),
+        modules=modules.shape(),
+        priced=_priced(experiment, identity),
     )
+
+
+def _priced(experiment: Experiment, identity: BaseIdentity) -> CostBasis | None:
+    if experiment.priced_at == "base":
+        return None
+    base, _ = PRICED_SHAPES[experiment.priced_at]
+    rank, _ = lora_rank(base, experiment.priced_lora_rank)
+    return cost_basis(experiment.priced_at, identity.shape, rank)
+
+
+def _precision(experiment: Experiment, device: Device) -> Precision:
+    if experiment.precision != "auto":
+        return experiment.precision
+    return planned_precision(device.profile)
 
 
 def _describe(experiment: Experiment, modules: Modules, device: Device, part: Part) -> DeviceRecord:
     """Return a client's record; by itself it trains what it affords, of the sites there are."""
-    afforded = min(device.lora_count, len(lora_sites(modules.identity.shape, experiment.placement)))
-    paper = experiment.channel == "paper"
+    afforded = modules.lora_count(device.lora_count)
     return describe_device(
         modules,
         part,
-        PAPER_LINK if paper else profile_link(device.profile.radio),
+        experiment.link(device.profile.radio),
         client=device.id,
-        profile=device.profile.name,
+        profile=device.profile,
         lora_count=experiment.lora_count or afforded,
         threads=experiment.threads,
         helpfulness=device.preference,
+        precision=_precision(experiment, device),
         costs="modelled",
     )

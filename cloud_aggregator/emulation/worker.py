@@ -13,22 +13,24 @@ import sys
 import threading
 from pathlib import Path
 
-from cloud_aggregator.emulation.fleet import BROKER_VARIABLE, WorkerSpec, link_of
-from cloud_aggregator.methods import find_method, shared_layout
+from cloud_aggregator.emulation.fleet import BROKER_VARIABLE, WorkerSpec
+from cloud_aggregator.methods import ModuleShape, find_method, shared_layout
 from cloud_aggregator.run_folder import RunFolder
 from device_profiles.errors import InputError
 from edge_client.data.instructions import load_instructions
+from edge_client.device_record import link_of
 from edge_client.host import Host
 from edge_client.local_client import LocalClient, Setup
-from edge_client.peft.tuned_model import TunedModel
+from edge_client.peft.packed_model import PackedModel
 from messaging.mqtt import MqttNetwork
 from messaging.transport import Network
-from quantization.base_model import load_base, set_threads
+from quantization.base_model import set_threads
+from quantization.frozen_gpt2 import load_frozen
 from quantization.identity import identify
 
 
 def build_clients(spec: WorkerSpec) -> list[LocalClient]:
-    """Load base and data once, and return this worker's clients on them.
+    """Load data once and a base for each precision, and return this worker's clients on them.
 
     Raises:
         InputError: If base or data are not what the run was planned on.
@@ -37,22 +39,37 @@ def build_clients(spec: WorkerSpec) -> list[LocalClient]:
     identity = identify(spec.model)
     method = find_method(spec.method)
     adapters = "adapters" in method.trained
-    counts = [client.device.lora_count for client in spec.clients]
-    model = TunedModel(
-        load_base(identity),
-        adapter_size=spec.adapter_size if adapters else 0,
-        placement=spec.placement,
-        lora_count=max(counts),
-        lora_rank=spec.lora_rank,
-    )
+    counts: dict[str, int] = {}
+    for client in spec.clients:
+        precision = client.device.precision
+        counts[precision] = max(counts.get(precision, 0), client.device.lora_count)
+    models = {
+        precision: PackedModel(
+            load_frozen(identity, precision),
+            adapter_size=spec.adapter_size if adapters else 0,
+            placement=spec.placement,
+            lora_count=count,
+            lora_rank=spec.lora_rank,
+        )
+        for precision, count in sorted(counts.items())
+    }
     setup = Setup(
         run=spec.run,
         method=spec.method,
-        layout=shared_layout(method, identity.shape, spec.adapter_size),
+        layout=shared_layout(
+            method,
+            ModuleShape(
+                base=identity.shape,
+                adapter_size=spec.adapter_size,
+                placement=spec.placement,
+                lora_rank=spec.lora_rank,
+            ),
+        ),
         placement=spec.placement,
         adapter_size=spec.adapter_size,
         lora_rank=spec.lora_rank,
         chunk_bytes=spec.chunk_bytes,
+        priced=spec.priced,
     )
     dataset = load_instructions(spec.data)
     if dataset.sha256 != spec.data_sha256:
@@ -62,7 +79,7 @@ def build_clients(spec: WorkerSpec) -> list[LocalClient]:
     return [
         LocalClient(
             setup,
-            model,
+            models[client.device.precision],
             device=client.device,
             profile=client.profile,
             link=link_of(client.device),

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from cloud_aggregator.methods import METHODS, shared_layout
+from cloud_aggregator.methods import METHODS, ModuleShape, own_layout, shared_layout
 from cloud_aggregator.records import DataRecord, ModelRecord, RunRecord
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder
@@ -53,8 +53,9 @@ from messaging.protocol import (
 RUN = "trial"
 BASE = BaseShape(layers=2, width=8, inner=32)
 SIZE = 4
+MODULES = ModuleShape(base=BASE, adapter_size=SIZE, placement="qkv", lora_rank=2)
 #: Six adapters of 2*8*4 + 8 + 4 = 76 parameters: 456.
-LAYOUT = shared_layout(METHODS["pwff"], BASE, SIZE)
+LAYOUT = shared_layout(METHODS["pwff"], MODULES)
 NOTHING = Layout(())
 BINDING = "b" * 64
 SESSION = "0123456789abcdef"
@@ -64,12 +65,19 @@ LIMIT = 20.0  # seconds after which a test gives up
 M = TypeVar("M", bound=Message)
 
 
-def device(client: str, *, examples: int = 1, held_out: int = 1, shared: int = 456) -> DeviceRecord:
+def device(
+    client: str,
+    *,
+    examples: int = 1,
+    held_out: int = 1,
+    shared: int = 456,
+    lora_count: int = 12,
+) -> DeviceRecord:
     """Return what a client says of itself."""
     return DeviceRecord(
         id=client,
         profile="laptop-x86-cpu",
-        lora_count=12,
+        lora_count=lora_count,
         lora_rank=2,
         lora_rank_rule="given",
         adapter_count=6,
@@ -157,6 +165,8 @@ class Teacher:
         held_out: Its weight in the mean of results.
         worst: Its loss at first.
         layout: What the run shares.
+        method: Of the run; by default one that shares that, without LoRA.
+        lora_count: LoRA modules that it holds; where they are shared it sends those.
         before_work: Called with each task before it is done.
     """
 
@@ -170,12 +180,21 @@ class Teacher:
         held_out: int = 1,
         worst: float = 10.0,
         layout: Layout = LAYOUT,
+        method: str = "",
+        lora_count: int = 12,
         before_work: Callable[[Task], None] = lambda _task: None,
     ) -> None:
-        self.device = device(client, examples=examples, held_out=held_out, shared=layout.size)
+        self._own = own_layout(layout, lora_count)
+        self.device = device(
+            client,
+            examples=examples,
+            held_out=held_out,
+            shared=self._own.size,
+            lora_count=lora_count,
+        )
         self.setup = Setup(
             run=RUN,
-            method="pwff" if layout.specs else "local-only",
+            method=method or ("pwff" if layout.specs else "local-only"),
             layout=layout,
             placement="qkv",
             adapter_size=SIZE,
@@ -205,13 +224,13 @@ class Teacher:
         blob = None
         if shared is not None:
             blob = encode_blob(
-                constant(value, self.setup.layout),
-                self.setup.layout,
+                constant(value, self._own),
+                self._own,
                 header(
                     self.device.id,
                     round=task.round,
                     codec=task.codec,
-                    layout=self.setup.layout.sha256,
+                    layout=self._own.sha256,
                     examples=self.device.examples,
                     train_loss=2.0,
                 ),
@@ -383,8 +402,7 @@ def settings_of(**changes: Any) -> RunSettings:
         "run": RUN,
         "method": "pwff",
         "seed": 7,
-        "base": BASE,
-        "adapter_size": SIZE,
+        "modules": MODULES,
         "layout": LAYOUT,
         "binding": BINDING,
         "clients": 3,

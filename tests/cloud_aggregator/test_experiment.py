@@ -64,6 +64,8 @@ def test_an_unknown_key_is_told_with_file_and_nearest(tmp_path: Path) -> None:
         ("held_out_share", 1),
         ("codec", "int5"),
         ("channel", "wire"),
+        ("priced_at", "gpt2-large"),
+        ("priced_lora_rank", 7.5),
         ("engine", "ray"),
         ("chunk_bytes", 1023),
     ],
@@ -88,6 +90,17 @@ def test_lora_count_and_rank_may_be_given_or_left_to_the_devices() -> None:
     given = load_experiment(None, {"lora_count": 24, "lora_rank": 8})
     assert (free.lora_count, free.lora_rank) == (None, None)
     assert (given.lora_count, given.lora_rank) == (24, 8)
+
+
+def test_costs_are_priced_at_a_shape_that_is_named_and_at_a_rank_only_with_it() -> None:
+    assert load_experiment(None, {}).priced_at == "base"
+    given = load_experiment(None, {"priced_at": "gpt2-small", "priced_lora_rank": 8})
+    assert (given.priced_at, given.priced_lora_rank) == ("gpt2-small", 8)
+    assert load_experiment(None, {"priced_at": "gpt2-small"}).priced_lora_rank is None
+    for alone in ({"priced_lora_rank": 8}, {"priced_lora_rank": 8, "priced_at": "base"}):
+        said = refusal(**alone)
+        assert "priced_lora_rank = 8 with priced_at 'base'" in said
+        assert "name another shape, or leave it out" in said
 
 
 def test_memory_stays_in_one_process() -> None:
@@ -120,6 +133,7 @@ def test_what_is_stored_is_the_experiment_again() -> None:
         {"seed": 1},
         {"local_steps": 13},
         {"lora_rank": 8},
+        {"priced_at": "gpt2-small"},
         {"quorum": 0.5},
         {"threads": 2},
         {"chunk_bytes": 61_440},

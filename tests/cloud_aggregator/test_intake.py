@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cloud_aggregator.intake import Intake, IntakeRules
+from cloud_aggregator.intake import Client, Intake, IntakeRules
+from cloud_aggregator.methods import METHODS, ModuleShape, own_layout, shared_layout
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.spool import Spool, SpoolFullError
+from device_profiles.modules import BaseShape
 from messaging.chunks import Missing, parse_chunk
 from messaging.codecs import encode_blob
 from messaging.errors import ProtocolError
@@ -60,13 +62,18 @@ class Desk:
         codec: Any = "fp32",
         limits: UploadLimits | None = None,
         weights: dict[str, int] = WEIGHTS,
+        own: dict[str, Layout] | None = None,
     ) -> None:
+        clients = {
+            client: Client(examples=examples, layout=(own or {}).get(client, layout))
+            for client, examples in weights.items()
+        }
         self.sent: list[tuple[str, Message]] = []
         self.told: list[tuple[str, dict[str, Any]]] = []
         self.spool = Spool(folder)
         self.intake = Intake(
             1,
-            weights,
+            clients,
             IntakeRules(
                 run=RUN,
                 binding=BINDING,
@@ -137,6 +144,7 @@ def test_an_update_that_is_right_is_stored_and_counts_with_its_examples(desk: De
     assert desk.accepted() == [(4.0, 2)]
     given = desk.intake.contributions["b"]
     assert (given.train_loss, given.costs.uplink_seconds, given.offer) == (1.5, 3.0, offer)
+    assert given.parameters == 456
     assert desk.told == [
         (
             "update",
@@ -371,6 +379,104 @@ def test_a_disk_that_is_full_ends_the_round_and_not_in_silence(
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(100, 97, 3))
     with pytest.raises(SpoolFullError, match="3 bytes free"):
         desk.bring(offer_of("a", OFFERED), OFFERED)
+
+
+# -- devices that hold only the first LoRA modules ------------------------------------------------
+
+#: 36 LoRA modules of 2*(8 + 8) = 32 parameters.
+ALL = shared_layout(
+    METHODS["fedlora-own"],
+    ModuleShape(
+        base=BaseShape(layers=12, width=8, inner=32),
+        adapter_size=4,
+        placement="qkv",
+        lora_rank=2,
+    ),
+)
+TWELVE = own_layout(ALL, 12)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Iterator[Desk]:
+    """Yield a desk whose client a said that it has 12 modules, and b and c 36."""
+    desk = Desk(tmp_path / "1", layout=ALL, own={"a": TWELVE})
+    yield desk
+    desk.intake.close()
+
+
+def lora_update(
+    client: str, held: Layout, *, blob_says: Layout, offer_says: Layout
+) -> tuple[Offer, bytes]:
+    """Return an update of the tensors in ``held``, and what blob and offer call it."""
+    said = header(client, examples=WEIGHTS[client], layout=blob_says.sha256)
+    blob = encode_blob(constant(1.0, held), held, said)
+    return offer_of(client, blob, layout=offer_says.sha256), blob
+
+
+def test_each_device_sends_what_it_holds_and_is_counted_with_that(mixed: Desk) -> None:
+    for client, own in (("a", TWELVE), ("b", ALL)):
+        answer = mixed.bring(*lora_update(client, own, blob_says=own, offer_says=own))
+        assert isinstance(answer, Done)
+    assert [vector.size for vector, _ in mixed.intake.accepted_updates()] == [12 * 32, 36 * 32]
+    given = mixed.intake.contributions
+    assert (given["a"].parameters, given["b"].parameters) == (12 * 32, 36 * 32)
+
+
+@pytest.mark.parametrize(
+    ("client", "sent"),
+    [("a", ALL), ("b", TWELVE), ("a", own_layout(ALL, 11)), ("a", own_layout(ALL, 13))],
+    ids=["12 said and 36 sent", "36 said and 12 sent", "11 sent", "13 sent"],
+)
+def test_an_update_of_other_modules_than_the_device_said_is_refused_before_a_byte_is_taken(
+    client: str, sent: Layout, mixed: Desk
+) -> None:
+    offer, _ = lora_update(client, sent, blob_says=sent, offer_says=sent)
+    with pytest.raises(ProtocolError) as refusal:
+        mixed.intake.offered(offer, BEGAN)
+    assert refusal.value.code == "layout"
+    answer = mixed.last(client)
+    assert isinstance(answer, Reject)
+    assert answer.code == "layout"
+    assert mixed.round.status(client) == "rejected"
+
+
+@pytest.mark.parametrize(
+    ("client", "said", "sent"),
+    [("a", TWELVE, ALL), ("b", ALL, TWELVE)],
+    ids=["12 said and 36 sent", "36 said and 12 sent"],
+)
+@pytest.mark.parametrize("code", ["layout", "shape"], ids=["offer lies", "offer and blob lie"])
+def test_an_update_that_lies_about_its_modules_is_refused_when_it_is_whole(
+    client: str, said: Layout, sent: Layout, code: str, mixed: Desk
+) -> None:
+    blob_says = said if code == "shape" else sent
+    answer = mixed.bring(*lora_update(client, sent, blob_says=blob_says, offer_says=said))
+    assert isinstance(answer, Reject)
+    assert answer.code == code
+    assert mixed.intake.refused == {code: 1}
+    assert list(mixed.intake.accepted_updates()) == []
+
+
+def test_a_device_that_holds_less_may_offer_less(mixed: Desk) -> None:
+    # 16,384 for the header and four bytes an entry, of its own entries
+    offer, _ = lora_update("a", TWELVE, blob_says=TWELVE, offer_says=TWELVE)
+    most = 16_384 + 4 * 12 * 32
+    with pytest.raises(ProtocolError, match=f"at most {most}") as refusal:
+        mixed.intake.offered(offer.model_copy(update={"bytes": most + 1, "chunks": 19}), BEGAN)
+    assert refusal.value.code == "size"
+
+
+def test_after_a_restart_each_kept_update_is_read_in_its_devices_layout(
+    mixed: Desk, tmp_path: Path
+) -> None:
+    mixed.bring(*lora_update("a", TWELVE, blob_says=TWELVE, offer_says=TWELVE))
+    mixed.intake.close()
+    again = Desk(tmp_path / "1", layout=ALL, own={"a": TWELVE})
+    again.intake.restore()
+    assert [vector.size for vector, _ in again.intake.accepted_updates()] == [12 * 32]
+    grown = Desk(tmp_path / "1", layout=ALL)  # it says 36 now: what it sent then is another's
+    grown.intake.restore()
+    assert grown.intake.contributions == {}
 
 
 # -- what comes twice -----------------------------------------------------------------------------
@@ -633,6 +739,7 @@ def test_where_nothing_is_shared_a_report_is_the_contribution(tmp_path: Path) ->
     desk.intake.reported(report("a", train_loss=9.0), BEGAN)  # said twice, it counts once
     assert desk.intake.contributions["a"].train_loss == 2.5
     assert desk.intake.contributions["a"].offer is None
+    assert desk.intake.contributions["a"].parameters == 0
     assert not desk.intake.answered
     for client in "bc":
         desk.intake.reported(report(client), BEGAN)
@@ -659,3 +766,25 @@ def test_a_blob_is_named_by_its_content(desk: Desk) -> None:
     answer = desk.bring(offer_of("a", blob), blob)
     assert isinstance(answer, Done)
     assert hashlib.sha256(desk.spool.path("a").read_bytes()).hexdigest() == answer.blob
+
+
+# -- on the air -----------------------------------------------------------------------------------
+
+
+def test_an_update_that_is_lost_on_the_air_does_not_count(virtual: Desk) -> None:
+    virtual.update("a", costs=Costs(uplink_seconds=1.0))
+    virtual.update("b", costs=Costs(uplink_seconds=2.0, lost=True))
+    virtual.intake.settle()
+    assert virtual.round.accepted == ["a"]
+    assert virtual.round.status("b") == "lost"
+    assert virtual.intake.reasons["b"] == "outage: lost on the air"
+    assert virtual.intake.contributions["b"].costs.uplink_seconds == 2.0  # spent all the same
+
+
+def test_a_client_waits_from_its_own_arrival_to_the_end_of_the_round(virtual: Desk) -> None:
+    virtual.update("a", costs=Costs(compute_seconds=1.0, uplink_seconds=2.0))
+    virtual.update("b", costs=Costs(compute_seconds=4.0, uplink_seconds=6.0))
+    virtual.update("c", costs=Costs(compute_seconds=70.0))  # after the deadline of 50 s
+    virtual.intake.settle()
+    waited = {client: virtual.intake.waited(client) for client in "abc"}
+    assert waited == {"a": 47.0, "b": 40.0, "c": 0.0}

@@ -99,6 +99,7 @@ def test_the_summary_of_a_run_by_hand() -> None:
         clients_improved=1,  # b
         mean_uplink_seconds=4.0,  # (2 + 4 + 6) / 3: the lost client sent nothing
         mean_uplink_joules=7.0,
+        participation_fairness=0.9,  # Jain's index of 2 and 1: (2 + 1)**2 / (2 * (4 + 1))
         upload_bytes_total=5000,
     )
 

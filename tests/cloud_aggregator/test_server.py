@@ -6,6 +6,7 @@ that passes when a test says so.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import queue
@@ -18,16 +19,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from cloud_aggregator.methods import METHODS, shared_layout
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.server import RunFailedError
+from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.spool import SpoolFullError
 from device_profiles.modules import initial_adapters
 from messaging import topics
 from messaging.chunks import Missing
 from messaging.codecs import BlobHeader, encode_blob
-from messaging.layout import Vector
+from messaging.layout import Layout, Tensors, Vector
 from messaging.memory import MemoryNetwork
 from messaging.protocol import (
     Costs,
@@ -48,6 +51,7 @@ from tests.cloud_aggregator.conftest import (
     BINDING,
     LAYOUT,
     LIMIT,
+    MODULES,
     NOTHING,
     RUN,
     SESSION,
@@ -253,6 +257,84 @@ def test_alone_nothing_is_uploaded(stage: Stage) -> None:
         assert done.virtual_seconds == 3.0  # the slowest trains, and nothing is sent
     assert record.summary.upload_bytes_total == 0
     assert not list(stage.path.glob("global/*"))
+
+
+def lora_run(method: str) -> tuple[RunSettings, Layout]:
+    """Return a run whose devices share LoRA: six modules of 2*(8 + 8) = 32 parameters."""
+    layout = shared_layout(METHODS[method], MODULES)
+    return settings_of(method=method, layout=layout, rounds=1), layout
+
+
+def lora_state(folder: Path, round_: int) -> Tensors:
+    """Return the tensors in a run's folder after a round."""
+    return load_file(folder / "global" / str(round_) / "shared.safetensors")
+
+
+def test_each_tensor_is_averaged_over_the_devices_that_hold_it(stage: Stage) -> None:
+    settings, layout = lora_run("vanilla-fl-own")
+    stage.host(
+        Teacher("a", 1.0, examples=1, method="vanilla-fl-own", layout=layout, lora_count=2),
+        Teacher("b", 2.0, examples=2, method="vanilla-fl-own", layout=layout, lora_count=4),
+        Teacher("c", 6.0, examples=1, method="vanilla-fl-own", layout=layout, lora_count=6),
+    )
+    record = stage.aggregator(settings, record_of(method="vanilla-fl-own")).run()
+    (done,) = record.rounds
+    assert done.accepted == ["a", "b", "c"]
+    # 456 parameters of adapters, and those of two, four and six modules
+    assert [c.upload_parameters for c in done.clients] == [456 + 64, 456 + 128, 456 + 192]
+
+    before, after = lora_state(stage.path, 0), lora_state(stage.path, 1)
+    assert len(before) == 24 + 12
+    modules = [f"transformer.h.{block}.attn.c_attn.{part}.lora_"
+               for part in ("query", "value", "key") for block in (1, 0)]  # fmt: skip
+    # (1*1 + 2*2 + 1*6) / 4 on what all hold, (2*2 + 1*6) / 3 on b's and c's, and c's own
+    moved = dict(zip(modules, [2.75, 2.75, 10 / 3, 10 / 3, 6.0, 6.0], strict=True))
+    for name, tensor in after.items():
+        by = next((by for module, by in moved.items() if name.startswith(module)), 2.75)
+        assert tensor.tobytes() == (before[name] + np.float32(by)).tobytes(), name
+
+
+def test_products_are_averaged_where_the_method_says_so(stage: Stage) -> None:
+    """An update of one value v makes A0 + v and B = v of zero, so B A has one row throughout.
+
+    It is v * (the sum of A0's rows + 2*v), and so is the mean: of rank 1, which two factors hold.
+    """
+    settings, layout = lora_run("fedlora-product")
+    values = {"a": (1.0, 1), "b": (2.0, 2), "c": (-0.5, 1)}
+    stage.host(
+        *(
+            Teacher(client, value, examples=n, method="fedlora-product", layout=layout)
+            for client, (value, n) in values.items()
+        )
+    )
+    record = stage.aggregator(settings, record_of(method="fedlora-product")).run()
+    assert [c.upload_parameters for c in record.rounds[0].clients] == [192] * 3
+    before, after = lora_state(stage.path, 0), lora_state(stage.path, 1)
+    assert sorted(before) == sorted(after) == sorted(layout.names)
+    for name in (n for n in after if n.endswith("lora_A.weight")):
+        rows = before[name].astype(np.float64).sum(axis=0)
+        row = sum(n * v * (rows + 2 * v) for v, n in values.values()) / 4
+        other = name.replace("lora_A", "lora_B")
+        product = after[other].astype(np.float64) @ after[name].astype(np.float64)
+        # float32: some roundings of 2**-24 of values up to 20
+        np.testing.assert_allclose(product, np.tile(row, (8, 1)), atol=1e-5)
+
+
+def test_a_run_that_shares_lora_goes_on_from_its_newest_state(stage: Stage) -> None:
+    settings, layout = lora_run("vanilla-fl-own")
+    record = record_of(method="vanilla-fl-own")
+    for rounds in (1, 2):
+        stage.host(
+            *(
+                Teacher(client, 1.0, method="vanilla-fl-own", layout=layout, lora_count=count)
+                for client, count in (("a", 2), ("b", 4), ("c", 6))
+            )
+        )
+        record = stage.aggregator(dataclasses.replace(settings, rounds=rounds), record).run()
+        stage.leave()
+    assert [r.round for r in record.rounds] == [1, 2]
+    first, second = lora_state(stage.path, 1), lora_state(stage.path, 2)
+    assert all(np.array_equal(second[n], first[n] + np.float32(1)) for n in first)
 
 
 def test_a_device_on_another_base_is_refused_with_a_sentence_and_not_counted(

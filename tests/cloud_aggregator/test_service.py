@@ -10,13 +10,16 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
-from cloud_aggregator.records import DataRecord, ModelRecord
+from cloud_aggregator.records import DataRecord, ModelRecord, PricedRecord
 from cloud_aggregator.run_folder import RunFolder
-from cloud_aggregator.service import Service, load_service, serve
+from cloud_aggregator.service import Service, load_service, model_record, serve
 from device_profiles.errors import InputError
+from device_profiles.modules import BaseShape
+from device_profiles.pricing import CostBasis
 from messaging.errors import AddressError
-from quantization.identity import file_sha256
+from quantization.identity import file_sha256, identify
 from tests.cloud_aggregator.conftest import record_of
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cloud.toml"
@@ -173,6 +176,38 @@ def test_a_service_that_is_stopped_before_it_begins_has_written_down_what_it_is(
         service, notify=lambda _event, **_fields: None, on_start=lambda server: server.stop()
     )
     assert again.status == "stopped"
+
+
+@pytest.mark.parametrize(("given", "rank"), [(None, 1), (3, 3)])
+def test_a_run_that_shares_lora_begins_with_it_at_the_rank_of_its_settings(
+    given: int | None, rank: int, checkpoint: Path
+) -> None:
+    """Width 8 has rank 1 of itself (96 at 768); six sites of query, value and key."""
+    service = a_service(checkpoint, method="fedlora-own", lora_rank=given)
+    serve(service, notify=lambda _event, **_fields: None, on_start=lambda server: server.stop())
+    first = load_file(RunFolder(service.out).global_path(0))
+    assert sorted(tensor.shape for tensor in first.values()) == [(rank, 8)] * 6 + [(8, rank)] * 6
+    assert all("lora" in name for name in first)
+
+
+def test_a_rank_wider_than_the_base_is_refused(checkpoint: Path) -> None:
+    assert "LoRA rank 9; choose 1 to 8" in refused(a_service(checkpoint, lora_rank=9))
+
+
+def test_the_shape_that_costs_are_priced_at_stands_beside_the_base(checkpoint: Path) -> None:
+    identity = identify(str(checkpoint))
+    assert model_record(identity).priced is None
+    basis = CostBasis(
+        name="gpt2-small",
+        base=BaseShape(layers=12, width=768, inner=3072),
+        parameters=124_439_808,
+        lora_rank=8,
+    )
+    record = model_record(identity, basis)
+    assert (record.layers, record.width, record.parameters) == (2, 8, 32)
+    assert record.priced == PricedRecord(
+        name="gpt2-small", parameters=124_439_808, layers=12, width=768, lora_rank=8
+    )
 
 
 def test_a_broker_address_that_is_none_is_refused(checkpoint: Path) -> None:

@@ -61,7 +61,7 @@ def test_kept_updates_are_read_in_the_order_asked_for(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "1")
     for client, value in (("c", 3.0), ("a", 1.0), ("b", 2.0)):
         keep(spool, client, value, examples=int(value))
-    read = list(spool.updates(["a", "c"], LAYOUT))
+    read = [spool.update(client, LAYOUT) for client in ("a", "c")]
     assert [h.examples for h, _ in read] == [1, 3]
     assert [v.tolist() for _, v in read] == [constant(1.0).tolist(), constant(3.0).tolist()]
 
@@ -119,7 +119,7 @@ def test_an_update_damaged_on_disk_is_not_averaged(tmp_path: Path) -> None:
     keep(spool, "a", 1.0)
     spool.path("a").write_bytes(spool.path("a").read_bytes()[:-4])
     with pytest.raises(ProtocolError):
-        list(spool.updates(["a"], LAYOUT))
+        spool.update("a", LAYOUT)
 
 
 def test_cleared_the_round_is_gone_and_clearing_twice_is_no_error(tmp_path: Path) -> None:

@@ -19,12 +19,26 @@ class Wheel(Config):
     colour: Literal["red", "blue"] = "red"
 
 
+class Axle(Config):
+    """A part whose figures can contradict each other."""
+
+    length: float = Field(description="its length, metres")
+
+    @model_validator(mode="after")
+    def _is_short(self) -> Axle:
+        if self.length > 1:
+            raise ValueError("the axle is too long")
+        return self
+
+
 class Cart(Config):
     """The example: a record in a record, alone and in a list."""
 
     name: str
     spare: Wheel
     wheel: tuple[Wheel, ...] = ()
+    painted: dict[str, Wheel] = Field(default_factory=dict)
+    axle: Axle | None = None
     least: int = 0
     most: int = 9
 
@@ -97,7 +111,10 @@ def test_a_missing_file_and_a_folder_are_named_with_the_reason(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"nmae": 1}, "f: unknown key 'nmae'; did you mean 'name'? (known: least, most, name, "),
+        (
+            {"nmae": 1},
+            "f: unknown key 'nmae'; did you mean 'name'? (known: axle, least, most, name, ",
+        ),
         (
             {"spare": {"radius": 1, "color": "red"}},
             "f: unknown key 'spare.color'; did you mean 'colour'? (known: colour, radius)",
@@ -106,7 +123,16 @@ def test_a_missing_file_and_a_folder_are_named_with_the_reason(tmp_path: Path) -
             {"wheel": [{"radius": 1}, {"radius": 1, "raduis": 2}]},
             "f: unknown key 'wheel.1.raduis'; did you mean 'radius'? (known: colour, radius)",
         ),
+        (
+            {"painted": {"radius": {"radius": 1, "raduis": 2}}},
+            "f: unknown key 'painted.radius.raduis'; did you mean 'radius'? (known: colour, rad",
+        ),
+        (
+            {"painted": {"left": {"colour": "red"}}},
+            "f: 'painted.left.radius' is missing; add it",
+        ),
         ({"spare": {}}, "f: 'spare.radius' is missing; add it"),
+        ({"axle": {"length": 2}}, "f: axle: the axle is too long"),
         ({"spare": {"radius": -1}}, "f: spare.radius = -1: Input should be greater than 0"),
         ({"spare": {"radius": "x"}}, "f: spare.radius = 'x': Input should be a valid number"),
         (
@@ -122,6 +148,20 @@ def test_a_wrong_field_is_told_with_source_place_value_and_bound(
     with pytest.raises(InputError) as err:
         check(Cart, GOOD | change, "f")
     assert str(err.value).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"name": "barrow"}, "f: 'spare' is missing; add a table [spare] with 'radius'"),
+        ({"spare": {"radius": 1}}, "f: 'name' is missing; add it"),
+        (GOOD | {"axle": {}}, "f: 'axle.length' is missing; add its length, metres"),
+    ],
+)
+def test_what_is_missing_is_told_with_what_to_add(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError) as err:
+        check(Cart, values, "f")
+    assert str(err.value) == says
 
 
 def test_a_misspelt_required_key_is_told_as_unknown_not_as_missing() -> None:

@@ -13,6 +13,7 @@ from device_profiles.modules import (
     adapter_sites,
     adapter_tensors,
     first_lora_sites,
+    is_lora,
     lora_rank,
     lora_sites,
     lora_tensors,
@@ -78,6 +79,15 @@ def test_lora_factors_multiply_to_the_shape_of_their_projection(
         assert b.name == f"{site.path}.lora_B.weight"
         assert (a.shape[1], b.shape[0]) == (site.inputs, site.outputs)
         assert a.shape[0] == b.shape[1] == rank
+
+
+@pytest.mark.parametrize("placement", ["qkv", "wide"])
+def test_factors_of_lora_are_told_from_adapters_by_their_names(placement: str) -> None:
+    factors = lora_tensors(lora_sites(SMALL, placement), 8)
+    assert len(factors) == 72
+    assert all(is_lora(tensor.name) for tensor in factors)
+    assert not any(is_lora(tensor.name) for tensor in adapter_tensors(SMALL, 10))
+    assert not is_lora("adapters.0.lora_A.weights")
 
 
 def test_qkv_sites_are_query_then_value_then_key_each_from_the_top_block() -> None:

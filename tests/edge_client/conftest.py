@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
+from device_profiles.methods import ModuleShape
 from device_profiles.modules import adapter_tensors, lora_sites, lora_tensors
 from edge_client.data.instructions import Example
 from edge_client.local_client import Setup
@@ -100,7 +101,14 @@ def adapter_layout(identity: BaseIdentity) -> Layout:
     )
 
 
-def a_setup(layout: Layout, *, chunk_bytes: int = 4096) -> Setup:
+def modules(identity: BaseIdentity) -> ModuleShape:
+    """Return the modules of the run ``trial``."""
+    return ModuleShape(
+        base=identity.shape, adapter_size=ADAPTER_SIZE, placement="qkv", lora_rank=RANK
+    )
+
+
+def a_setup(layout: Layout, *, chunk_bytes: int = 4096, **changes: Any) -> Setup:
     """Return what the clients of the run ``trial`` have in common."""
     return Setup(
         run="trial",
@@ -109,6 +117,7 @@ def a_setup(layout: Layout, *, chunk_bytes: int = 4096) -> Setup:
         adapter_size=ADAPTER_SIZE,
         lora_rank=RANK,
         chunk_bytes=chunk_bytes,
+        **changes,
     )
 
 

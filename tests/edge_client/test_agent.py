@@ -95,8 +95,8 @@ class _Local:
 class Device:
     """An agent, what it published, and the work that it wants done."""
 
-    def __init__(self) -> None:
-        self.local = _Local()
+    def __init__(self, local: _Local | None = None) -> None:
+        self.local = local or _Local()
         self.published: list[tuple[str, bytes, bool]] = []
         self.work: list[Callable[[], Result]] = []
         self.agent = Agent(
@@ -275,6 +275,33 @@ def test_a_training_task_becomes_an_update_at_the_aggregator(device: Device) -> 
     device.agent.tick(1000.0)
     assert device.said() == []
     assert not device.agent.finished
+
+
+def with_lora(modules: int) -> Layout:
+    """Return the layout of an adapter's bias and so many LoRA modules."""
+    path = "transformer.h.{}.attn.c_attn.query.lora_{}.weight"
+    names = [path.format(block, factor) for block in range(modules) for factor in "AB"]
+    factors = [TensorSpec(name=name, shape=(2, 2), scale_axis=0) for name in names]
+    return Layout((*LAYOUT.specs, *factors))
+
+
+def test_a_device_with_fewer_lora_modules_offers_its_own_layout_in_the_runs() -> None:
+    device = Device(
+        _Local(
+            setup=a_setup(with_lora(3), chunk_bytes=CHUNK),
+            device=a_device(CLIENT, lora_count=2),
+        )
+    )
+    device.agent.connected()
+    assert device.says(Hello).layout == with_lora(3).sha256
+    blob = a_state(layout=with_lora(3))
+    device.hear(a_task(CLIENT, state=ref_to(blob)))
+    device.download(blob)
+    device.finish_work()
+    ((_, shared, _),) = device.local.performed
+    assert shared is not None
+    assert np.array_equal(shared, vector_of(layout=with_lora(3)))  # the whole state comes down
+    assert device.says(Offer).layout == with_lora(2).sha256
 
 
 def test_chunks_are_asked_for_eight_at_a_time(device: Device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,12 @@ from safetensors.numpy import load
 
 from device_profiles.channel import Link, upload_seconds
 from device_profiles.errors import InputError
+from device_profiles.methods import METHODS
 from device_profiles.modules import initial_adapters, initial_lora, lora_sites
+from device_profiles.pricing import CostBasis, cost_basis
 from device_profiles.profile import find_profile
 from device_profiles.seeds import stream
+from edge_client.costs import method_layout
 from edge_client.data.prompts import encode_example
 from edge_client.local_client import LocalClient, Result
 from edge_client.peft.tuned_model import TunedModel
@@ -35,6 +39,7 @@ from tests.edge_client.conftest import (
     a_setup,
     a_task,
     adapter_layout,
+    modules,
     random_tensors,
 )
 
@@ -61,13 +66,14 @@ class Bench:
         self,
         client: str = "pi5-01",
         *,
-        shared: Layout | None = None,
+        method: str = "pwff",
+        priced: CostBasis | None = None,
         clock: Callable[[], float] = lambda: 0.0,
         **changes: Any,
     ) -> LocalClient:
         """Make a client; what is in its folder is its state."""
         return LocalClient(
-            a_setup(self.layout if shared is None else shared),
+            a_setup(self.shared(method), method=method, priced=priced),
             self.model,
             device=a_device(client, **changes),
             profile=find_profile("raspberry-pi-5-8gb"),
@@ -77,6 +83,10 @@ class Bench:
             folder=self.folder / client,
             clock=clock,
         )
+
+    def shared(self, method: str) -> Layout:
+        """Return what all devices of a run share under a method."""
+        return method_layout(METHODS[method], modules(self.model.base.identity))
 
     def store(self, client: str = "pi5-01") -> StateStore:
         """Return what a client keeps."""
@@ -161,7 +171,7 @@ def test_adapter_names_of_the_model_are_the_layouts(bench: Bench) -> None:
 def test_where_nothing_is_shared_there_is_no_update_and_adapters_are_personal(
     bench: Bench, identity: BaseIdentity
 ) -> None:
-    client = bench.make(shared=Layout(()), shared_parameters=0)
+    client = bench.make(method="local-only", shared_parameters=0)
     result = client.perform(a_task(), None, 0)
     assert result.blob is None
     assert (result.costs.uplink_seconds, result.costs.uplink_joules) == (0.0, 0.0)
@@ -184,6 +194,100 @@ def test_a_client_without_lora_keeps_only_its_optimiser(bench: Bench) -> None:
     state = bench.store().load(1)
     assert state.personal == {}
     assert set(state.first_moments) == bench.layout.names
+
+
+# -- where LoRA travels as well --------------------------------------------------------------------
+
+
+def lora_run(bench: Bench, method: str, seed: int = 0) -> tuple[Layout, Layout, Vector]:
+    """Return what the run shares, what a device with 12 modules does, and a moved state."""
+    layout = bench.shared(method)
+    tensors = random_tensors(bench.model.base.identity, seed=seed)
+    state = layout.pack({n: t for n, t in tensors.items() if n in layout.names})
+    adapters = len([n for n in layout.names if n.startswith("adapters.")])
+    return layout, Layout(layout.specs[: adapters + 24]), state
+
+
+def on_the_model(bench: Bench, layout: Layout) -> Vector:
+    """Return these tensors as they are on the model now."""
+    return layout.pack({n: t for n, t in bench.model.take().items() if n in layout.names})
+
+
+def test_where_lora_is_shared_an_update_holds_the_devices_own_modules_and_nothing_stays(
+    bench: Bench,
+) -> None:
+    _, own, before = lora_run(bench, "vanilla-fl-own")
+    result = bench.make(method="vanilla-fl-own").perform(a_task(), before, 0)
+    header, update = decode_blob(blob_of(result), own)
+    # 36 adapters of 2*16*4 + 16 + 4 and 12 modules of 2*(16 + 16)
+    assert update.size == 36 * 148 + 12 * 64
+    assert np.array_equal(update, on_the_model(bench, own) - before[: own.size])
+    assert np.count_nonzero(update) == own.size
+    assert header.layout == own.sha256
+    state = bench.store().load(1)
+    assert state.personal == {}
+    assert set(state.first_moments) == own.names
+
+
+def test_where_lora_alone_is_shared_it_is_all_that_travels(
+    bench: Bench, tuned: Callable[..., TunedModel]
+) -> None:
+    alone = dataclasses.replace(bench, model=tuned(36, size=0))
+    _, own, before = lora_run(alone, "fedlora-own")
+    client = alone.make(method="fedlora-own", adapter_count=0)
+    _, update = decode_blob(blob_of(client.perform(a_task(), before, 0)), own)
+    assert update.size == 12 * 64
+    assert np.array_equal(update, on_the_model(alone, own) - before[: own.size])
+    assert {n.rsplit(".", 2)[1] for n in own.names} == {"lora_A", "lora_B"}
+
+
+def test_shared_lora_is_replaced_by_the_global_one_and_not_kept(bench: Bench) -> None:
+    _, own, before = lora_run(bench, "vanilla-fl-own")
+    _, _, after = lora_run(bench, "vanilla-fl-own", seed=1)
+    client = bench.make(method="vanilla-fl-own")
+    client.perform(a_task(), before, 0)
+    client.perform(a_task(work="evaluate", outcome="aggregated"), after, 0)
+    assert on_the_model(bench, own).tobytes() == after[: own.size].tobytes()
+
+
+def test_what_a_device_does_not_hold_of_the_global_state_changes_nothing(bench: Bench) -> None:
+    _, own, before = lora_run(bench, "vanilla-fl-own")
+    blob = blob_of(bench.make(method="vanilla-fl-own").perform(a_task(), before, 0))
+    other = before.copy()
+    other[own.size :] += 1
+    assert blob_of(bench.make(method="vanilla-fl-own").perform(a_task(), other, 0)) == blob
+    other[own.size - 1] += 1
+    assert blob_of(bench.make(method="vanilla-fl-own").perform(a_task(), other, 0)) != blob
+
+
+def test_a_residual_of_shared_lora_is_as_long_as_the_devices_own_update(bench: Bench) -> None:
+    _, own, before = lora_run(bench, "vanilla-fl-own")
+    client = bench.make(method="vanilla-fl-own")
+    task = a_task(codec="int8")
+    first = decode_blob(blob_of(client.perform(task, before, 0)), own)[1]
+    left_out = on_the_model(bench, own) - before[: own.size] - first
+    client.perform(a_task(work="evaluate", outcome="aggregated"), before, 0)
+    residual = bench.store().load(1).residual
+    assert residual is not None
+    assert np.array_equal(residual, left_out)
+    task = a_task(round=2, codec="int8")
+    blob = blob_of(client.perform(task, before, 0))
+    wanted = on_the_model(bench, own) - before[: own.size] + left_out
+    assert np.array_equal(decode_blob(blob, own)[1], recoded(wanted, own, "int8"))
+    assert blob_of(client.perform(task, before, 0)) == blob  # done again, the same bytes
+
+
+@pytest.mark.parametrize("count", [11, 36])
+def test_a_device_that_changed_its_count_of_shared_lora_is_told_so(
+    bench: Bench, count: int
+) -> None:
+    """Its tensors all come from the global state; its optimiser's moments do not."""
+    _, _, before = lora_run(bench, "vanilla-fl-own")
+    bench.make(method="vanilla-fl-own").perform(a_task(), before, 0)
+    changed = bench.make(method="vanilla-fl-own", lora_count=count)
+    with pytest.raises(InputError, match=rf"'pi5-01' in .*pi5-01 is of other .* = {count} of rank"):
+        changed.perform(a_task(round=2), before, 0)
+    assert changed.perform(a_task(round=1), before, 0).blob is not None  # which begins anew
 
 
 # -- rounds that are done again --------------------------------------------------------------------
@@ -346,20 +450,43 @@ def test_modelled_costs_follow_from_the_profile_and_the_link(
 ) -> None:
     result = bench.make().perform(a_task(batch_size=4, local_steps=3), bench.start, 50_000)
     lengths = [len(encode_example(e, bench.model.base.tokenizer, 96).tokens) for e in EXAMPLES[:4]]
-    longest = max(lengths)  # every batch holds all four examples
-    # 4*N + 6*(A + L) + 12*layers*T*d a token; the record says that 6,000 parameters train
-    per_token = 4 * identity.parameters + 6 * 6000 + 12 * 12 * longest * 16
-    flops = 3 * 4 * longest * per_token
+    tokens = sum(lengths)  # every batch holds all four examples
+    # 4*N + 6*(A + L) + 12*layers*T*d a token: 36 adapters of 2*16*4 + 16 + 4 and 12 modules of
+    # 2*(16 + 16), whatever the record says
+    small = 36 * 148 + 12 * 64
+    per_token = 4 * identity.parameters + 6 * small + 12 * 12 * (tokens // 4) * 16
+    flops = 3 * tokens * per_token
     costs = result.costs
     assert costs.compute_seconds == pytest.approx(flops / 40e9, rel=1e-12)
     assert costs.compute_joules == pytest.approx(11.0 * flops / 40e9, rel=1e-12)
     bits = 8 * wire_bytes(len(blob_of(result)), 4096)
     airtime = upload_seconds(bits, LINK, stream(SEED, "channel", 1, "pi5-01"))
-    assert costs.uplink_seconds == airtime
+    assert (costs.uplink_bits, costs.uplink_seconds) == (bits, airtime)
     assert costs.uplink_joules == pytest.approx(0.5 * airtime, rel=1e-12)
     assert costs.download_bytes == 50_000
     # 1 MHz at 5 dB without fading: 2.057373 Mbit/s
     assert costs.downlink_seconds == pytest.approx(400_000 / 2.057373e6, rel=1e-6)
+
+
+def test_costs_are_priced_at_another_shape_where_the_run_says_so(
+    bench: Bench, identity: BaseIdentity
+) -> None:
+    priced = cost_basis("gpt2-small", identity.shape, 8)
+    plain = bench.make().perform(a_task(), bench.start, 50_000)
+    other = bench.make(priced=priced).perform(a_task(), bench.start, 50_000)
+    assert blob_of(other) == blob_of(plain)  # what is learned and sent stays what it was
+    # 36 adapters of 2*768*4 + 768 + 4 parameters instead of 2*16*4 + 16 + 4
+    more = 32 * 36 * (6916 - 148)
+    size = len(blob_of(plain))
+    # and 64 bytes for each chunk more, of 4,032 bytes of payload
+    chunks = -(-(size + more // 8) // 4032) - -(-size // 4032)
+    assert other.costs.uplink_bits - plain.costs.uplink_bits == more + 8 * 64 * chunks
+    assert other.costs.uplink_seconds > 30 * plain.costs.uplink_seconds
+    assert other.costs.compute_seconds > 1000 * plain.costs.compute_seconds
+    assert other.costs.downlink_seconds == pytest.approx(
+        6916 / 148 * plain.costs.downlink_seconds, rel=1e-12
+    )
+    assert other.costs.download_bytes == plain.costs.download_bytes == 50_000
 
 
 def test_measured_costs_are_the_clocks_at_the_profiles_power(bench: Bench) -> None:

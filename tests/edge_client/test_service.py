@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from device_profiles.errors import InputError
+from device_profiles.fleet import lora_count_of
 from device_profiles.modules import initial_adapters
+from device_profiles.profile import find_profile
 from edge_client import service
 from edge_client.host import Host
 from edge_client.service import Client, load_client, take_part
@@ -30,6 +32,9 @@ from quantization.identity import BaseIdentity, binding
 from tests.edge_client.conftest import EXAMPLES, WAIT_SECONDS, Cloud, a_task, adapter_layout
 
 NAME = "laptop-1"
+#: What the plans of these devices say; it is held by the tests of planning.
+PI = lora_count_of(find_profile("raspberry-pi-5-8gb"), None)
+LAPTOP = lora_count_of(find_profile("laptop-x86-cpu"), None)
 
 
 @pytest.fixture
@@ -100,7 +105,7 @@ def test_what_is_not_given_has_its_default(write: Callable[..., Path]) -> None:
         ({"run": "a/b"}, r"client\.toml: run = 'a/b'"),
         ({"client": "Laptop 1"}, r"client\.toml: client = 'Laptop 1'"),
         ({"lora_counts": 12}, r"unknown key 'lora_counts'; did you mean 'lora_count'"),
-        ({"precision": "int8"}, r"client\.toml: precision = 'int8'"),
+        ({"precision": "int5"}, r"client\.toml: precision = 'int5'"),
         ({"method": "pwf"}, r"unknown method 'pwf'; did you mean 'pwff'"),
         ({"adapter_size": 0}, r"client\.toml: adapter_size = 0"),
         ({"helpfulness": 1.5}, r"client\.toml: helpfulness = 1\.5"),
@@ -219,12 +224,12 @@ def test_a_device_says_what_its_profile_its_data_and_its_base_make_of_it(
     device = hello.device
     assert device is not None
     assert (device.id, device.profile, device.costs) == (NAME, "raspberry-pi-5-8gb", "measured")
-    assert (device.lora_count, device.placement) == (12, "qkv")
+    assert (device.lora_count, device.placement) == (PI, "qkv")
     assert (device.lora_rank, device.lora_rank_rule) == (2, "proportional")  # 96 * 16 / 768
     assert (device.adapter_count, device.adapter_size) == (36, 4)
     shared = 36 * (2 * 16 * 4 + 16 + 4)
     assert device.shared_parameters == shared
-    assert device.trainable_parameters == shared + 12 * 2 * (16 + 16)
+    assert device.trainable_parameters == shared + PI * 2 * (16 + 16)
     assert device.base_bytes == 4 * identity.parameters
     assert (device.examples, device.held_out_examples) == (8, 2)  # a fifth of ten is held out
     assert device.categories == {"simple": 10}
@@ -244,6 +249,18 @@ def test_a_device_says_what_its_profile_its_data_and_its_base_make_of_it(
         ({"lora_count": 25}, {"lora_count": 25}),
         ({"lora_rank": 5}, {"lora_rank": 5, "lora_rank_rule": "given"}),
         ({"method": "local-only"}, {"shared_parameters": 0, "adapter_count": 36}),
+        (  # 36 adapters of 2*16*4 + 16 + 4, and the device's modules of 2*(16 + 16)
+            {"method": "vanilla-fl-own"},
+            {"lora_count": PI, "shared_parameters": 36 * 148 + PI * 64},
+        ),
+        (
+            {"method": "fedlora-own", "lora_count": 12},
+            {"lora_count": 12, "adapter_count": 0, "shared_parameters": 12 * 64},
+        ),
+        (  # a baseline holds all modules, on a Pi as well
+            {"method": "fedlora"},
+            {"lora_count": 36, "adapter_count": 0, "shared_parameters": 36 * 64},
+        ),
         (
             {"channel": "paper"},
             {
@@ -256,7 +273,7 @@ def test_a_device_says_what_its_profile_its_data_and_its_base_make_of_it(
                 )
             },
         ),
-        ({"profile": "laptop-x86-cpu"}, {"lora_count": 36}),
+        ({"profile": "laptop-x86-cpu"}, {"lora_count": LAPTOP}),
     ],
 )
 def test_a_device_is_what_its_configuration_says(
@@ -321,7 +338,7 @@ def test_a_device_trains_from_the_global_state_and_keeps_its_own_in_a_folder_for
     assert np.count_nonzero(update) == layout.size
     assert offer.costs.compute_seconds > 0
     kept = StateStore(tmp_path / "device" / "trial").load(1)
-    assert len(kept.personal) == 24
+    assert len(kept.personal) == 2 * PI
     assert [p.name for p in (tmp_path / "device").iterdir()] == ["trial"]
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from device_profiles.modules import BaseShape, adapter_tensors
 from messaging.chunks import CHUNK_BYTES, wire_bytes
@@ -43,6 +43,19 @@ GPT2_SMALL = Layout(
         for t in adapter_tensors(BaseShape(layers=12, width=768, inner=3072), 10)
     )
 )
+
+QUANTISED = [("int8", 127), ("int4", 7)]  # codec, and the largest step of either sign
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    """Draw up to four small tensors, each with a scale axis or without."""
+    specs = []
+    for at in range(draw(st.integers(1, 4))):
+        shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
+        axis = draw(st.none() | st.integers(0, len(shape) - 1))
+        specs.append(TensorSpec(name=f"t{at}", shape=shape, scale_axis=axis))
+    return Layout(tuple(specs))
 
 
 def header(codec: str, layout: Layout = LAYOUT, **fields: Any) -> BlobHeader:
@@ -125,18 +138,34 @@ def test_fp16_bounds_what_is_out_of_its_range() -> None:
     assert through("fp16", vector)[:3].tolist() == [65_504, -65_504, 65_504]
 
 
-@given(st.integers(0, 2**32 - 1), st.floats(-45, 37))
-def test_int8_is_within_half_a_step_of_each_scale(seed: int, exponent: float) -> None:
+@pytest.mark.parametrize(("codec", "most"), QUANTISED)
+@given(layouts(), st.integers(0, 2**32 - 1), st.floats(-45, 37))
+def test_a_quantised_value_is_within_half_a_step_of_its_scale(
+    codec: str, most: int, layout: Layout, seed: int, exponent: float
+) -> None:
     rng = np.random.default_rng(seed)
-    magnitudes = 10.0 ** np.clip(rng.uniform(-3, 3, LAYOUT.size) + exponent, -46, 37.5)
-    vector = (rng.uniform(-1, 1, LAYOUT.size) * magnitudes).astype(np.float32)
-    decoded = through("int8", vector)
-    for group in scale_groups(LAYOUT):
+    magnitudes = 10.0 ** np.clip(rng.uniform(-3, 3, layout.size) + exponent, -46, 37.5)
+    vector = (rng.uniform(-1, 1, layout.size) * magnitudes).astype(np.float32)
+    decoded = through(codec, vector, layout)
+    for group in scale_groups(layout):
         wanted = vector[group].astype(np.float64)
-        step = np.abs(wanted).max() / 127
-        # A scale is fp32: 2**-24 of itself, or 2**-150 where it is subnormal, on each of 127 steps.
-        slack = 127 * max(step * 2.0**-23, 2.0**-149)
+        step = np.abs(wanted).max() / most
+        # The nearest step is half a step away. The scale that travels is fp32: it is off by 2**-24
+        # of itself, or by 2**-150 where it is subnormal, `most` times over at the last step. The
+        # quotient and the product are fp32 as well: 2**-24 of `most` steps each.
+        slack = most * max(step * 2.0**-22, 2.0**-149)
         assert np.abs(decoded[group] - wanted).max() <= step / 2 + slack
+
+
+@given(layouts(), st.integers(0, 2**32 - 1))
+def test_int4_carries_two_values_a_byte_whatever_the_layout(layout: Layout, seed: int) -> None:
+    vector = noise(layout, seed=seed)
+    arrays = load(encode_blob(vector, layout, header("int4", layout)))
+    assert arrays["packed"].size == -(-layout.size // 2)
+    assert arrays["scales"].size == len(scale_groups(layout))
+    np.testing.assert_array_equal(
+        through("int4", -vector, layout), -through("int4", vector, layout)
+    )
 
 
 def test_int8_steps_by_hand() -> None:
@@ -146,17 +175,46 @@ def test_int8_steps_by_hand() -> None:
     assert through("int8", vector, layout).tolist() == [127, 0, 64, 0.5, 0, -63.5]
 
 
+def test_int4_steps_and_bytes_by_hand() -> None:
+    layout = Layout(
+        (
+            TensorSpec(name="w", shape=(2, 3), scale_axis=0),
+            TensorSpec(name="b", shape=(3,)),
+        )
+    )
+    # steps 1, 0.5 and 2: -3.6 -> -4; -0.2 -> 0; 13 / 2 = 6.5 -> 6 (to even), -14 -> -7
+    vector = np.array([7, 0.4, -3.6, 0.3, -0.2, 3.5, 13, -14, 2], np.float32)
+    assert through("int4", vector, layout).tolist() == [7, 0, -4, 0.5, 0, 3.5, 12, -14, 2]
+    arrays = load(encode_blob(vector, layout, header("int4", layout)))
+    assert arrays["scales"].tolist() == [1, 0.5, 2]
+    # steps 7 0, -4 1, 0 7, 6 -7, 1: the first of two is the low half, -4 is c, -7 is 9
+    assert arrays["packed"].tobytes() == bytes.fromhex("07 1c 70 96 01")
+
+
+@pytest.mark.parametrize(("codec", "most", "largest"), [("int8", 127, 190), ("int4", 7, 10)])
+def test_where_the_scale_itself_is_rounded_down_the_last_step_is_the_limit(
+    codec: str, most: int, largest: int
+) -> None:
+    layout = Layout((TensorSpec(name="b", shape=(2,)),))
+    least = 2.0**-149  # the smallest fp32: 190 / 127 and 10 / 7 of it are rounded to one of it
+    vector = np.array([largest * least, -largest * least], np.float32)
+    assert (through(codec, vector, layout) / least).tolist() == [most, -most]
+
+
+@pytest.mark.parametrize(("codec", "most"), QUANTISED)
 @pytest.mark.parametrize("axis", [0, 1])
-def test_int8_keeps_the_relative_precision_of_each_entry_of_the_bottleneck(axis: int) -> None:
+def test_each_entry_of_the_bottleneck_keeps_its_own_relative_precision(
+    codec: str, most: int, axis: int
+) -> None:
     magnitudes = np.array([1e-6, 1.0, 1e4], np.float32)
     shape = (3, 50) if axis == 0 else (50, 3)
     layout = Layout((TensorSpec(name="w", shape=shape, scale_axis=axis),))
     tensor = np.random.default_rng(1).uniform(-1, 1, (50, 3)).astype(np.float32) * magnitudes
     tensor = tensor if axis == 1 else tensor.T
-    decoded = through("int8", tensor.reshape(-1), layout).reshape(shape)
+    decoded = through(codec, tensor.reshape(-1), layout).reshape(shape)
     error = np.abs(decoded - tensor).max(axis=1 - axis) / np.abs(tensor).max(axis=1 - axis)
-    # half of one of 127 steps; with one scale for the tensor the smallest would be all zero
-    assert error == pytest.approx([0.5 / 127] * 3, rel=0.2)
+    # half of one step, nearly met by one of 50; with one scale the smallest would be all zero
+    assert error == pytest.approx([0.5 / most] * 3, rel=0.2)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -164,10 +222,11 @@ def test_zeros_stay_zeros(codec: str) -> None:
     assert not through(codec, np.zeros(LAYOUT.size, np.float32)).any()
 
 
-def test_int8_zeros_beside_values_stay_zeros() -> None:
+@pytest.mark.parametrize(("codec", "most"), QUANTISED)
+def test_zeros_beside_values_stay_zeros(codec: str, most: int) -> None:
     vector = np.zeros(LAYOUT.size, np.float32)
-    vector[0] = 5.0
-    assert through("int8", vector).tolist() == vector.tolist()
+    vector[0] = most
+    assert through(codec, vector).tolist() == vector.tolist()
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -178,23 +237,34 @@ def test_an_update_that_diverged_is_refused_at_the_other_end(codec: str, value: 
     assert refusal(encode_blob(vector, LAYOUT, header(codec))) == "finite"
 
 
-def test_gpt2_small_adapters_in_fp32_cost_what_the_paper_counts() -> None:
-    # 36 * (2*768*10 + 768 + 10) = 580,968 parameters of four bytes
+@pytest.mark.parametrize(
+    ("codec", "payload", "ratio"),
+    [
+        ("fp32", 2_323_872, 1.0),  # 4 * 580,968
+        ("fp16", 1_161_936, 0.5),  # 2 * 580,968
+        ("int8", 584_136, 0.25136),  # 580,968 + 4 * 792
+        ("int4", 293_652, 0.12636),  # 290,484 + 4 * 792
+    ],
+)
+def test_gpt2_small_adapters_cost_what_the_codec_says(
+    codec: str, payload: int, ratio: float
+) -> None:
+    # 36 * (2*768*10 + 768 + 10) parameters; a scale for each of 10 rows, 10 columns and 2 biases
     assert GPT2_SMALL.size == 580_968
-    blob = encode_blob(noise(GPT2_SMALL), GPT2_SMALL, header("fp32", GPT2_SMALL))
-    assert wire_bytes(len(blob), CHUNK_BYTES) == pytest.approx(4 * 580_968, rel=0.01)
-    assert wire_bytes(len(blob), CHUNK_BYTES) > 4 * 580_968
+    assert GPT2_SMALL.scales == 36 * 22 == 792
+    blob = encode_blob(noise(GPT2_SMALL), GPT2_SMALL, header(codec, GPT2_SMALL))
+    assert payload < len(blob) < payload + 1_024  # one JSON header
+    on_the_wire = wire_bytes(len(blob), CHUNK_BYTES)
+    assert on_the_wire > payload
+    # the headers of a blob and of up to 19 chunks, each below 200 bytes: 4 kB of 2.3 MB
+    assert on_the_wire / (4 * 580_968) == pytest.approx(ratio, abs=0.002)
 
 
-def test_gpt2_small_adapters_in_int8_cost_about_a_quarter() -> None:
-    # a scale for each of 10 rows, 10 columns and 2 biases of 36 adapters
-    assert GPT2_SMALL.scales == 36 * 22
+@pytest.mark.parametrize(("codec", "most"), QUANTISED)
+def test_gpt2_small_adapters_are_decoded_within_half_a_step(codec: str, most: int) -> None:
     vector = noise(GPT2_SMALL)
-    blob = encode_blob(vector, GPT2_SMALL, header("int8", GPT2_SMALL))
-    assert 580_968 + 4 * 792 < len(blob) <= 0.26 * 4 * 580_968
-    decoded = decode_blob(blob, GPT2_SMALL)[1]
-    # a step is max / 127, and no scale has a maximum beyond six standard deviations
-    assert np.abs(decoded - vector).max() <= 6 / 254
+    # a step is max / most, and no scale has a maximum beyond six standard deviations
+    assert np.abs(through(codec, vector, GPT2_SMALL) - vector).max() <= 6 / (2 * most)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -236,6 +306,7 @@ def named(
 
 ZEROS = np.zeros(LAYOUT.size, np.float32)
 CODES = np.zeros(LAYOUT.size, np.int8)
+HALVES = np.zeros(LAYOUT.size // 2, np.uint8)  # LAYOUT has 46 entries
 SCALES = np.zeros(LAYOUT.scales, np.float32)
 
 
@@ -243,6 +314,8 @@ def test_the_forge_makes_files_that_pass_when_nothing_is_wrong() -> None:
     assert not decode_blob(forged({"packed": ZEROS}), LAYOUT)[1].any()
     int8 = forged({"packed": CODES, "scales": SCALES}, codec="int8")
     assert not decode_blob(int8, LAYOUT)[1].any()
+    int4 = forged({"packed": HALVES, "scales": SCALES}, codec="int4")
+    assert not decode_blob(int4, LAYOUT)[1].any()
     size = 4 * LAYOUT.size
     by_hand = named("F32", [LAYOUT.size], [0, size], bytes(size), padding=1_000)
     assert not decode_blob(by_hand, LAYOUT)[1].any()
@@ -274,6 +347,20 @@ def test_a_header_of_more_than_16_kib_is_not_read() -> None:
         (forged({"packed": ZEROS.reshape(1, -1)}), "shape"),
         (forged({"packed": ZEROS[:0]}), "shape"),
         (forged({"packed": CODES, "scales": SCALES[1:]}, codec="int8"), "shape"),
+        (forged({"packed": HALVES}, codec="int4"), "name"),
+        (forged({"packed": HALVES, "scales": SCALES}, codec="int8"), "dtype"),
+        (forged({"packed": HALVES.view(np.int8), "scales": SCALES}, codec="int4"), "dtype"),
+        (forged({"packed": HALVES[1:], "scales": SCALES}, codec="int4"), "shape"),
+        (forged({"packed": HALVES, "scales": SCALES[1:]}, codec="int4"), "shape"),
+        (forged({"packed": HALVES + 0x80, "scales": SCALES}, codec="int4"), "range"),
+        (
+            forged({"packed": HALVES, "scales": SCALES + np.float32(np.nan)}, codec="int4"),
+            "finite",
+        ),
+        (
+            forged({"packed": HALVES + 7, "scales": SCALES + np.float32(1e38)}, codec="int4"),
+            "finite",
+        ),
         (forged({"packed": ZEROS + np.float32(np.nan)}), "finite"),
         (forged({"packed": ZEROS - np.float32(np.inf)}), "finite"),
         (
@@ -319,6 +406,27 @@ def test_a_header_of_more_than_16_kib_is_not_read() -> None:
 )
 def test_what_is_not_an_update_of_this_layout_is_refused(blob: bytes, code: str) -> None:
     assert refusal(blob) == code
+
+
+@pytest.mark.parametrize("byte", range(256))
+def test_a_byte_of_int4_is_two_steps_from_minus_seven_to_seven_or_refused(byte: int) -> None:
+    pair, single = (Layout((TensorSpec(name="b", shape=(n,)),)) for n in (2, 1))
+    # two's complement by hand: 0 to 7, the refused -8, then -7 to -1; the low half is the first
+    steps = [0, 1, 2, 3, 4, 5, 6, 7, None, -7, -6, -5, -4, -3, -2, -1]
+    first, second = steps[byte % 16], steps[byte // 16]
+    arrays = {"packed": np.array([byte], np.uint8), "scales": np.array([0.5], np.float32)}
+
+    def sent(layout: Layout) -> bytes:
+        return forged(arrays, codec="int4", layout=layout.sha256)
+
+    if first is None or second is None:
+        assert refusal(sent(pair), pair) == "range"
+    else:
+        assert decode_blob(sent(pair), pair)[1].tolist() == [first / 2, second / 2]
+    if first is None or second != 0:  # a single value leaves the high half empty
+        assert refusal(sent(single), single) == "range"
+    else:
+        assert decode_blob(sent(single), single)[1].tolist() == [first / 2]
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "I8", "BOOL", "C64", "F8_E4M3", "F4"])
@@ -392,6 +500,42 @@ def test_what_int8_leaves_out_stays_below_half_a_step_however_many_rounds() -> N
         sent += through("int8", wanted, layout)
         assert sent[1] == pytest.approx(0.3 * rounds, abs=0.5 + 1e-3)
     assert sent[1] == pytest.approx(12.0, abs=0.5 + 1e-3)
+
+
+@pytest.mark.parametrize(("codec", "most"), QUANTISED)
+@given(layouts(), st.integers(0, 2**32 - 1), st.integers(1, 40))
+def test_the_same_difference_again_and_again_is_sent_but_for_a_bounded_rest(
+    codec: str, most: int, layout: Layout, seed: int, rounds: int
+) -> None:
+    difference = np.random.default_rng(seed).standard_t(2, layout.size).astype(np.float32)
+    residual: F32 | None = None
+    sent = np.zeros(layout.size)
+    for _ in range(rounds):
+        wanted, residual = quantise_with_feedback(difference, residual, layout, codec)
+        sent += through(codec, wanted, layout)
+    for group in scale_groups(layout):
+        largest = np.abs(difference[group]).max()
+        # With D the largest difference of a scale and R the largest rest, a step is at most
+        # (D + R) / most and the next rest half of it: R stays below D / (2 * most - 1) for ever.
+        # Each round rounds a sum and a difference of fp32, both below 2 D: 2**-22 D.
+        bound = largest / (2 * most - 1) + rounds * largest * 2.0**-22
+        owed = rounds * difference[group].astype(np.float64)
+        assert np.abs(sent[group] - owed).max() <= bound
+
+
+@pytest.mark.parametrize(("codec", "most"), QUANTISED)
+def test_without_feedback_what_is_left_out_grows_with_the_rounds(codec: str, most: int) -> None:
+    difference = noise()
+    residual: F32 | None = None
+    sent = np.zeros(LAYOUT.size)
+    for _ in range(200):
+        wanted, residual = quantise_with_feedback(difference, residual, LAYOUT, codec)
+        sent += through(codec, wanted)
+    owed = 200 * difference.astype(np.float64)
+    alone = 200.0 * through(codec, difference)
+    # 200 times an error near half a step of D / most, against at most D / (2 * most - 1) in all
+    assert np.abs(alone - owed).max() > 50 * np.abs(sent - owed).max()
+    assert np.abs(sent - owed).max() / 200 < np.abs(difference).max() / (200 * (2 * most - 1)) * 1.1
 
 
 def test_a_residual_that_was_not_committed_changes_nothing() -> None:

@@ -39,6 +39,25 @@ def test_entries_and_scales_are_counted() -> None:
     assert Layout(()).pack({}).shape == (0,)
 
 
+@pytest.mark.parametrize(
+    ("count", "entries", "scales"), [(0, 0, 0), (1, 6, 2), (2, 8, 3), (3, 14, 5)]
+)
+def test_the_first_tensors_are_a_layout_whose_vector_begins_the_whole_one(
+    count: int, entries: int, scales: int
+) -> None:
+    first = LAYOUT.first(count)
+    assert first.specs == LAYOUT.specs[:count]
+    assert (first.size, first.scales) == (entries, scales)
+    some = {name: tensor for name, tensor in TENSORS.items() if name in first.names}
+    assert first.pack(some).tolist() == LAYOUT.pack(TENSORS)[:entries].tolist()
+    assert (first.sha256 == LAYOUT.sha256) == (count == 3)
+
+
+def test_a_tensor_behind_the_first_cannot_be_packed_with_them() -> None:
+    with pytest.raises(PrivateTensorError, match=UP.name):
+        LAYOUT.first(2).pack(TENSORS)
+
+
 def test_a_lora_tensor_is_refused_by_name() -> None:
     name = "transformer.h.0.attn.c_attn.query.lora_A.weight"
     with pytest.raises(PrivateTensorError, match=name) as caught:

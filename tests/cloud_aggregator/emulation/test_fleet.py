@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cloud_aggregator.emulation.fleet import link_of, plan_fleet
+from cloud_aggregator.emulation.fleet import WorkerSpec, plan_fleet
 from cloud_aggregator.experiment import Experiment
 from device_profiles.errors import InputError
 from device_profiles.modules import BaseShape
 from edge_client.data.instructions import Dataset, Example
+from edge_client.device_record import link_of
 from quantization.identity import BaseIdentity
 
 SMALL = BaseShape(layers=12, width=768, inner=3072)
@@ -85,6 +87,111 @@ def test_methods_differ_in_what_is_trained_and_what_travels() -> None:
     alone = plan_fleet(Experiment(method="local-only"), identity(), dataset()).clients[0].device
     assert (fedada.lora_count, fedada.trainable_parameters) == (0, 580_968)
     assert (alone.adapter_count, alone.shared_parameters) == (36, 0)
+
+
+#: The adapters of size 10 and a LoRA module of rank 8 on query, key or value, at GPT-2 small.
+ADAPTERS, MODULE = 580_968, 8 * (768 + 768)
+
+
+@pytest.mark.parametrize(
+    ("method", "trained", "shared"),
+    [
+        ("vanilla-fl", lambda n: ADAPTERS + n * MODULE, lambda n: ADAPTERS + n * MODULE),
+        ("vanilla-fl-own", lambda n: ADAPTERS + n * MODULE, lambda n: ADAPTERS + n * MODULE),
+        ("fedlora", lambda n: n * MODULE, lambda n: n * MODULE),
+        ("fedlora-own", lambda n: n * MODULE, lambda n: n * MODULE),
+        ("fedlora-product", lambda n: n * MODULE, lambda n: n * MODULE),
+        ("pwff", lambda n: ADAPTERS + n * MODULE, lambda _n: ADAPTERS),
+        ("local-only", lambda n: ADAPTERS + n * MODULE, lambda _n: 0),
+    ],
+)
+def test_each_device_trains_and_shares_what_its_method_and_count_say(
+    method: str, trained: Callable[[int], int], shared: Callable[[int], int]
+) -> None:
+    plan = plan_fleet(Experiment(method=method, lora_rank=8), identity(), dataset())
+    for device in (client.device for client in plan.clients):
+        assert device.trainable_parameters == trained(device.lora_count)
+        assert device.shared_parameters == shared(device.lora_count)
+        assert device.adapter_count == (0 if method.startswith("fedlora") else 36)
+
+
+@pytest.mark.parametrize("method", ["vanilla-fl", "fedlora", "fedlora-product"])
+def test_the_baselines_hold_36_modules_on_every_device_whatever_its_profile(method: str) -> None:
+    plan = plan_fleet(Experiment(method=method), identity(), dataset())
+    assert len({client.device.profile for client in plan.clients}) == 3
+    assert {client.device.lora_count for client in plan.clients} == {36}
+    assert {client.device.shared_parameters for client in plan.clients} == {plan.layout.size}
+
+
+@pytest.mark.parametrize("method", ["vanilla-fl-own", "fedlora-own", "pwff", "local-only"])
+def test_the_others_hold_what_each_device_affords(method: str) -> None:
+    plan = plan_fleet(Experiment(method=method), identity(), dataset())
+    assert sorted(client.device.lora_count for client in plan.clients) == (
+        [12] * 3 + [24] * 4 + [36] * 3
+    )
+
+
+def test_a_count_that_is_given_is_every_devices_under_every_method() -> None:
+    for method in ("vanilla-fl", "fedlora-own", "pwff"):
+        plan = plan_fleet(Experiment(method=method, lora_count=20), identity(), dataset())
+        assert {client.device.lora_count for client in plan.clients} == {20}
+
+
+# -- the shape that costs are computed on ---------------------------------------------------------
+
+MINI = BaseShape(layers=12, width=128, inner=512)
+
+
+def test_costs_are_the_bases_own_unless_another_shape_is_named() -> None:
+    assert plan_fleet(Experiment(), identity(MINI), dataset()).priced is None
+
+
+@pytest.mark.parametrize(("given", "rank"), [(None, 96), (8, 8)])
+def test_priced_at_gpt2_small_the_rank_there_is_96_or_as_given(
+    given: int | None, rank: int
+) -> None:
+    experiment = Experiment(lora_rank=1, priced_at="gpt2-small", priced_lora_rank=given)
+    plan = plan_fleet(experiment, identity(MINI), dataset())
+    assert plan.priced is not None
+    assert (plan.priced.name, plan.priced.lora_rank) == ("gpt2-small", rank)
+    assert (plan.priced.base, plan.priced.parameters) == (SMALL, 124_439_808)
+    # what is learned stays what it was
+    assert (plan.modules.base, plan.modules.lora_rank) == (MINI, 1)
+    assert {client.device.lora_rank for client in plan.clients} == {1}
+    assert plan.layout == plan_fleet(Experiment(), identity(MINI), dataset()).layout
+
+
+def test_a_base_that_cannot_be_priced_so_is_refused() -> None:
+    shallow = BaseShape(layers=3, width=64, inner=256)
+    with pytest.raises(InputError, match="has 12 blocks and the base 3"):
+        plan_fleet(Experiment(priced_at="gpt2-small"), identity(shallow), dataset())
+    too_wide = Experiment(priced_at="gpt2-small", priced_lora_rank=769)
+    with pytest.raises(InputError, match="LoRA rank 769; choose 1 to 768"):
+        plan_fleet(too_wide, identity(MINI), dataset())
+
+
+def test_a_worker_is_told_the_priced_shape_in_a_file() -> None:
+    """A worker of its own process reads its specification as JSON."""
+    experiment = Experiment(priced_at="gpt2-small", priced_lora_rank=8)
+    plan = plan_fleet(experiment, identity(MINI), dataset())
+    for priced in (plan.priced, None):
+        spec = WorkerSpec(
+            run="trial",
+            run_folder="nowhere",
+            model="mini",
+            binding="0" * 64,
+            data="kit",
+            data_sha256="0" * 64,
+            placement="qkv",
+            adapter_size=10,
+            lora_rank=16,
+            threads=1,
+            chunk_bytes=122_880,
+            method="pwff",
+            priced=priced,
+            clients=plan.clients,
+        )
+        assert WorkerSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
 def test_every_example_is_with_one_client() -> None:

@@ -26,6 +26,7 @@ def test_a_workers_bad_input_ends_the_run_with_its_sentence_and_is_not_tried_aga
         threads=1,
         chunk_bytes=122_880,
         method="pwff",
+        priced=None,
         clients=[],
     )
     failures: queue.Queue[Exception] = queue.Queue()

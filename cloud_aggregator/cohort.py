@@ -1,0 +1,75 @@
+"""Who trains in a round of an emulated run: a cohort, chosen by what each client's pilot shows.
+
+Everything is recomputed from the record and the run's seed, so a run that goes on after a break
+chooses as it would have. A device whose battery is empty is not asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from cloud_aggregator.records import RoundRecord
+from device_profiles.channel import Link, pilot_rate
+from device_profiles.seeds import stream
+from device_profiles.selection import select_cohort, update_past_rates
+from messaging.protocol import DeviceRecord
+
+Selection = Literal["uniform", "best-channel", "proportional-fair"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortRule:
+    """How many clients train in a round, and how they are chosen."""
+
+    size: int
+    selection: Selection
+    seed: int
+
+
+def able(devices: Mapping[str, DeviceRecord], rounds: Sequence[RoundRecord]) -> list[str]:
+    """Return the devices that are not known to have an empty battery, in client order."""
+    empty = {c.id for r in rounds[-1:] for c in r.clients if c.battery_left == 0.0}
+    return sorted(set(devices) - empty)
+
+
+def choose_cohort(
+    rule: CohortRule, devices: Mapping[str, DeviceRecord], rounds: Sequence[RoundRecord]
+) -> list[str]:
+    """Return the clients of the round after ``rounds``, in client order.
+
+    ``proportional-fair`` divides a pilot rate by what the client had in the rounds before.
+    """
+    names = sorted(devices)
+    past = np.zeros(len(names))
+    for number, record in enumerate(rounds, 1):
+        asked = {c.id for c in record.clients if c.status != "skipped"}
+        chosen = [place for place, name in enumerate(names) if name in asked]
+        past = update_past_rates(past, _pilots(rule, devices, names, number), chosen)
+    number = len(rounds) + 1
+    there = able(devices, rounds)
+    places = [names.index(name) for name in there]
+    pilots = _pilots(rule, devices, there, number)
+    selected = select_cohort(
+        rule.selection,
+        min(rule.size, len(there)),
+        stream(rule.seed, "cohort", number),
+        pilot_rates=pilots,
+        past_rates=past[places],
+    )
+    return [there[place] for place in selected]
+
+
+def _pilots(
+    rule: CohortRule, devices: Mapping[str, DeviceRecord], names: Sequence[str], number: int
+) -> list[float]:
+    """Return the rate of each client's first block in a round, bit/s: the upload's own channel."""
+    return [
+        pilot_rate(
+            Link(**devices[name].channel.model_dump()), stream(rule.seed, "channel", number, name)
+        )
+        for name in names
+    ]

@@ -1,0 +1,149 @@
+"""Whether training will fit into memory, asked before anything is loaded.
+
+A process that takes more than there is is ended by the system without a word. Bytes; what is free
+is read from Linux where it says so, control groups included (a container's limit, a service's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from device_profiles.errors import InputError
+from device_profiles.step_memory import StepMemory, evaluation_memory, in_process, training_memory
+from device_profiles.step_model import Pass, StepShape
+
+_UNLIMITED = 2**60  # control groups of version 1 say a number of this size for no limit
+
+
+class NotEnoughMemoryError(InputError):
+    """Training would take more memory than is free."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeMemory:
+    """What can still be had.
+
+    Attributes:
+        bytes: >= 0.
+        source: What says so, in words.
+    """
+
+    bytes: int
+    source: str
+
+
+def check_memory(
+    predicted_bytes: float, free: FreeMemory, *, what: str, remedies: Sequence[str]
+) -> None:
+    """Refuse what will not fit.
+
+    Args:
+        predicted_bytes: What it will take (``client_memory``, ``fleet_bytes``).
+        free: What there is (``free_memory``).
+        what: What is to be started, as the beginning of a sentence.
+        remedies: What would help, the most helpful first.
+
+    Raises:
+        NotEnoughMemoryError: If it takes more than is free.
+    """
+    if predicted_bytes <= free.bytes:
+        return
+    raise NotEnoughMemoryError(
+        f"{what} would take {predicted_bytes / 1e9:.2f} GB of memory (modelled), and "
+        f"{free.bytes / 1e9:.2f} GB are free ({free.source}); {', or '.join(remedies)}"
+    )
+
+
+def client_memory(
+    shape: StepShape,
+    lora_count: int,
+    *,
+    batch_size: int,
+    max_length: int,
+    precision: str = "fp32",
+    checkpoint: bool = False,
+) -> StepMemory:
+    """Return what a process that trains and measures one client at a time takes at its peak.
+
+    Args:
+        shape: Base and modules.
+        lora_count: The most that any of its clients trains.
+        batch_size: Examples that go through at once, every one as long as ``max_length``.
+        max_length: Tokens.
+        precision: Of the base.
+        checkpoint: Whether blocks are computed twice to keep less.
+    """
+    length = min(max_length, shape.positions)
+    pass_ = Pass(examples=batch_size, tokens=length, response=length - 1)
+    training = training_memory(shape, lora_count, pass_, precision=precision, checkpoint=checkpoint)
+    held_out = evaluation_memory(shape, lora_count, pass_, precision=precision)
+    return max(map(in_process, (training, held_out)), key=lambda memory: memory.total)
+
+
+def fleet_bytes(worker: StepMemory, workers: int, precision: str) -> int:
+    """Return what so many workers take together; a base in fp32 is one file that all map."""
+    shared = worker.base if precision == "fp32" else 0
+    return shared + workers * (worker.total - shared)
+
+
+def free_memory(root: Path = Path("/")) -> FreeMemory:
+    """Return what is free on this machine, and to this process.
+
+    Args:
+        root: Where ``proc`` and ``sys`` are.
+    """
+    found = [_of_system(root)]
+    for line in _lines(root / "proc/self/cgroup"):
+        _, kinds, path = line.split(":", 2)
+        if kinds == "":
+            found += _of_groups(root / "sys/fs/cgroup", path, "memory.max", "memory.current")
+        elif "memory" in kinds.split(","):
+            found += _of_groups(
+                root / "sys/fs/cgroup/memory",
+                path,
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+            )
+    return min(found, key=lambda free: free.bytes)
+
+
+def _of_system(root: Path) -> FreeMemory:
+    for line in _lines(root / "proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            return FreeMemory(bytes=1024 * int(line.split()[1]), source="says the system")
+    import psutil
+
+    return FreeMemory(bytes=int(psutil.virtual_memory().available), source="says the system")
+
+
+def _of_groups(mount: Path, path: str, limit_file: str, used_file: str) -> list[FreeMemory]:
+    """Return what each control group that has a limit leaves, from the process's own upwards."""
+    inner = mount / path.strip("/")
+    found = []
+    for folder in (inner, *inner.parents):
+        if not folder.is_relative_to(mount):
+            break
+        limit = "".join(_lines(folder / limit_file))
+        used = "".join(_lines(folder / used_file))
+        if limit.isdecimal() and used.isdecimal() and int(limit) < _UNLIMITED:
+            free = int(limit) - int(used) + _droppable(folder / "memory.stat")
+            name = "/" + str(folder.relative_to(mount)).strip(".")
+            found.append(
+                FreeMemory(bytes=max(0, free), source=f"by the limit of control group {name}")
+            )
+    return found
+
+
+def _droppable(stat: Path) -> int:
+    """Return the file pages that a group would let go of before it refuses memory."""
+    values = dict(line.split(" ", 1) for line in _lines(stat))
+    return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

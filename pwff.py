@@ -16,8 +16,12 @@ COMMANDS = {
     "emulate": ("cloud_aggregator.cli", "a fleet on this machine: broker, aggregator, devices"),
     "aggregator": ("cloud_aggregator.cli", "the cloud side of a real run"),
     "client": ("edge_client.cli", "the device side of a real run"),
+    "reproduce": ("cloud_aggregator.reproduce.command", "the paper's comparison, all methods"),
+    "export": ("edge_client.export_command", "a personal model, for transformers or ONNX Runtime"),
+    "generate": ("edge_client.talk_command", "one answer of a personal model"),
+    "chat": ("edge_client.talk_command", "talk to a personal model"),
     "report": ("cloud_aggregator.cli", "report.html of one run, or a comparison of several"),
-    "devices": ("device_profiles.cli", "which devices are known, and what they are"),
+    "devices": ("edge_client.devices_command", "which devices are known, what each would do"),
     "doctor": ("edge_client.cli", "what is installed, what works, what to install"),
     "pretrain": ("edge_client.cli", "train a small GPT-2 base from text files"),
 }

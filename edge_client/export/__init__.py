@@ -1,0 +1,1 @@
+"""A personal model leaves its run: put together, merged, written, checked."""

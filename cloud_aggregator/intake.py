@@ -293,6 +293,11 @@ class Intake:
             return 0.0
         return max(0.0, self.round.closed_at - self._arrivals[client])
 
+    @property
+    def fastest(self) -> float | None:
+        """When the first update arrived, or would have after the deadline; none before any did."""
+        return min(self._arrivals.values(), default=None)
+
     def passed(self, now: float) -> None:
         """Note the time: past the deadline the round closes."""
         self.round.passed(now - self._began)

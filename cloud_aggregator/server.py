@@ -34,6 +34,7 @@ from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.shelf import Shelf
 from cloud_aggregator.spool import Spool
+from device_profiles.errors import InputError
 from messaging import topics
 from messaging.chunks import parse_chunk
 from messaging.errors import ProtocolError
@@ -313,11 +314,23 @@ class Aggregator:
             if not self._outlast(lambda: intake.answered, lambda: len(intake.silent())):
                 raise self._silence(intake.silent(), f"no update of round {number}")
             intake.settle()
+            if settings.refuses_hopeless_deadline:
+                self._check_deadline(intake)
         else:
             while intake.round.closed_at is None:
                 self._pump(lambda: intake.round.closed_at is not None, _TICK_SECONDS)
                 intake.passed(self._clock())
         return intake
+
+    def _check_deadline(self, intake: Intake) -> None:
+        """Refuse a deadline that nobody meets, before any round is built on it."""
+        deadline, fastest = self.settings.rules.deadline_seconds, intake.fastest
+        if intake.number == 1 and fastest is not None and fastest > deadline:
+            raise InputError(
+                f"deadline_seconds = {deadline:g}: nobody meets it, the fastest of "
+                f"{len(intake.round.cohort)} clients needs {fastest:.4g} s (modelled) for training "
+                "and upload; give more, or fewer local steps"
+            )
 
     def _client(self, name: str) -> Client:
         device = self._registry.devices[name]

@@ -27,6 +27,8 @@ class RunSettings:
             in deployment, how long it waits for held-out results.
         known_clients: The only devices that may take part; without it, any that fits.
         cohort: Who trains in a round of an emulated run; without it every device.
+        refuses_hopeless_deadline: Whether a deadline that no client meets in the first round ends
+            the run as a mistake, instead of rounds without an update.
         waits_for_channel: Whether an emulated upload waits for good coherence blocks.
         epsilon: Nats by which the held-out loss must improve to count.
         patience: Rounds without improvement after which training has converged; 0 for never.
@@ -56,4 +58,5 @@ class RunSettings:
     known_clients: frozenset[str] | None = None
     cohort: CohortRule | None = None
     waits_for_channel: bool = False
+    refuses_hopeless_deadline: bool = False
     limits: UploadLimits = field(default_factory=UploadLimits)

@@ -13,7 +13,6 @@ that predict, D width, M bottleneck size, R rank, V words, H heads, T rows of an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
@@ -239,9 +238,11 @@ def _later(shape: StepShape, block: BlockWork) -> int:
 
 
 def _loss(shape: StepShape, pass_: Pass, precision: str) -> int:
-    """Return the working set of the loss: logits of some rows, and the gradient to those."""
-    most = max(1, HEAD_CHUNK_NUMBERS // shape.vocabulary)
-    rows = math.ceil(pass_.wanted / math.ceil(pass_.wanted / most))
+    """Return the working set of the loss: logits of some rows, and the gradient to those.
+
+    As many rows as ever go at once: they are cut into parts of the same size, so at times fewer do.
+    """
+    rows = min(pass_.wanted, max(1, HEAD_CHUNK_NUMBERS // shape.vocabulary))
     copies = 2 if precision == "int8" else 1  # its rows' scales go on a copy of the gradient
     return rows * (copies * shape.vocabulary + shape.base.width)
 

@@ -14,8 +14,6 @@ from device_profiles.errors import InputError
 from device_profiles.step_memory import StepMemory, evaluation_memory, in_process, training_memory
 from device_profiles.step_model import Pass, StepShape
 
-_UNLIMITED = 2**60  # control groups of version 1 say a number of this size for no limit
-
 
 class NotEnoughMemoryError(InputError):
     """Training would take more memory than is free."""
@@ -127,7 +125,7 @@ def _of_groups(mount: Path, path: str, limit_file: str, used_file: str) -> list[
             break
         limit = "".join(_lines(folder / limit_file))
         used = "".join(_lines(folder / used_file))
-        if limit.isdecimal() and used.isdecimal() and int(limit) < _UNLIMITED:
+        if limit.isdecimal() and used.isdecimal():  # no limit: a word, or a number past all memory
             free = int(limit) - int(used) + _droppable(folder / "memory.stat")
             name = "/" + str(folder.relative_to(mount)).strip(".")
             found.append(

@@ -227,6 +227,7 @@ def _settings(planned: _Planned) -> RunSettings:
         virtual_time=True,
         known_clients=frozenset(c.device.id for c in planned.fleet.clients),
         cohort=_cohort(experiment),
+        refuses_hopeless_deadline=True,
         waits_for_channel=experiment.upload_policy == "wait",
         patience_seconds=_PATIENCE_SECONDS,
         epsilon=experiment.epsilon,

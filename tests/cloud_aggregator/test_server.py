@@ -26,6 +26,7 @@ from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.server import RunFailedError
 from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.spool import SpoolFullError
+from device_profiles.errors import InputError
 from device_profiles.modules import initial_adapters
 from messaging import topics
 from messaging.chunks import Missing
@@ -195,6 +196,15 @@ def test_a_round_that_nobody_finishes_in_time_changes_nothing(stage: Stage) -> N
     assert record.summary.eval_loss_after == record.summary.eval_loss_before
     assert [c.download_bytes for c in record.rounds[0].clients] == [0, 0, 0]
     assert not RunFolder(stage.path).global_path(1).exists()
+
+
+def test_a_deadline_that_nobody_meets_is_refused_where_that_is_a_mistake(stage: Stage) -> None:
+    stage.host(*three())
+    rules = RoundRules(quorum=1.0, deadline_seconds=0.5)
+    settings = settings_of(rules=rules, refuses_hopeless_deadline=True)
+    with pytest.raises(InputError, match=r"deadline_seconds = 0\.5: nobody meets it, the fastest"):
+        stage.aggregator(settings).run()
+    assert read_record(stage.path).status == "failed"
 
 
 def hosts_in_order(stage: Stage, order: Sequence[str], events: Events) -> None:

@@ -271,13 +271,24 @@ def test_text_is_cut_only_for_the_least_count_and_said_loudly() -> None:
 
 
 def test_an_upload_that_takes_too_much_is_sent_smaller() -> None:
-    profile, job = board(snr_db=-15.0), replace(JOB, local_steps=2)
-    link = profile_link(profile.radio)
-    sent = round_estimate(profile, job, link, 12, way()).uplink_seconds
-    roomy = plan(profile, job, spend(seconds=sent / UPLINK_SHARE * 1.01))
-    tight = plan(profile, job, spend(seconds=sent / UPLINK_SHARE * 0.99))
-    assert (roomy.setting.codec, tight.setting.codec) == ("fp32", "fp16")
-    assert any("Uploads are in fp16" in line for line in reasons(tight))
+    job = replace(JOB, local_steps=2)
+    link = replace(PAPER_LINK, sharing="tdma", sharers=20)  # minutes of upload, seconds of all else
+    sent = round_estimate(BOARD, job, link, 12, way())
+
+    def codec(budget: Budget) -> str:
+        found = plan(board(), job, budget, link)
+        said = any("Uploads are in" in line for line in reasons(found))
+        assert said == (found.setting.codec != "fp32")
+        return found.setting.codec
+
+    roomy, tight = (x * sent.uplink_seconds / UPLINK_SHARE for x in (1.01, 0.99))
+    assert sent.seconds < tight  # every codec would fit
+    assert (codec(spend(seconds=roomy)), codec(spend(seconds=tight))) == ("fp32", "fp16")
+    thrifty = BOARD.model_copy(update={"compute": BOARD.compute.model_copy(update={"watts": 0.1})})
+    joules = round_estimate(thrifty, job, link, 12, way()).uplink_joules
+    budgets = [spend(joules=share * joules / UPLINK_SHARE) for share in (1.01, 0.99, 0.49)]
+    codecs = [plan(thrifty, job, budget, link).setting.codec for budget in budgets]
+    assert codecs == ["fp32", "fp16", "int8"]
 
 
 def test_a_base_of_fewer_sites_holds_the_count() -> None:

@@ -20,6 +20,7 @@ COMMANDS = {
     "export": ("edge_client.export_command", "a personal model, for transformers or ONNX Runtime"),
     "generate": ("edge_client.talk_command", "one answer of a personal model"),
     "chat": ("edge_client.talk_command", "talk to a personal model"),
+    "prefer": ("edge_client.prefer_command", "rank two answers of the device's own model"),
     "report": ("cloud_aggregator.cli", "report.html of one run, or a comparison of several"),
     "devices": ("edge_client.devices_command", "which devices are known, what each would do"),
     "doctor": ("edge_client.cli", "what is installed, what works, what to install"),

@@ -1,9 +1,11 @@
 """What averaging adapters is worth: PWFF against training alone on each device, several seeds.
 
     python benchmarks/learning.py --data FILE --model mini --seeds 3 --out runs/learning
+    python benchmarks/learning.py --codec int8 int4    # what smaller uploads cost PWFF, instead
 
-Prints a Markdown table: held-out accuracy and loss before and after, the worst client, and the
-paired difference between the two methods. A run that is already in --out is not done again.
+Prints a Markdown table: held-out accuracy and loss before and after, the worst client, what was
+sent, and the difference within each seed between the two methods, or between each codec and fp32.
+A run that is already in --out is not done again.
 """
 
 from __future__ import annotations
@@ -13,15 +15,33 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-METHODS = ("pwff", "local-only")
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs between the runs of a seed."""
+
+    name: str
+    method: str
+    codec: str = "fp32"
 
 
-def run(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+METHODS = [Variant("pwff", "pwff"), Variant("local-only", "local-only")]
+
+
+def codecs(names: list[str]) -> list[Variant]:
+    """Return a variant of PWFF for each codec, and fp32 as the last: all others are held to it."""
+    lossy = [name for name in dict.fromkeys(names) if name != "fp32"]
+    return [Variant(f"{name} uploads", "pwff", name) for name in [*lossy, "fp32"]]
+
+
+def run(variant: Variant, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Do one run, or read it where it is done, and return its record."""
-    out = arguments.out / f"{method}-{seed}"
+    method, codec = variant.method, variant.codec
+    out = arguments.out / "-".join([method, *[codec] * (codec != "fp32"), str(seed)])
     if not (out / "run.json").exists():
         subprocess.run(
             [
@@ -29,12 +49,16 @@ def run(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
                 "--data", arguments.data, "--model", arguments.model, "--out", str(out),
                 "--clients", "10", "--partition", arguments.partition,
                 "--rounds", str(arguments.rounds), "--local-steps", str(arguments.local_steps),
+                "--codec", codec,
             ],
             check=True,
         )  # fmt: skip
     record: dict[str, Any] = json.loads((out / "run.json").read_text())
     if record["status"] != "done":
         sys.exit(f"{out} is {record['status']}; remove it, or finish it with pwff emulate --resume")
+    found = (record["codec"], len(record["rounds"]), record["seed"])
+    if found != (codec, arguments.rounds, seed):
+        sys.exit(f"{out} holds another run (codec, rounds, seed: {found}); give another --out")
     return record
 
 
@@ -49,8 +73,28 @@ def row(name: str, record: dict[str, Any]) -> str:
     )
 
 
+def paired(
+    variant: Variant, reference: Variant, summaries: list[dict[Variant, dict[str, Any]]]
+) -> str:
+    """Return a variant's differences from the reference, seed by seed, in a sentence."""
+
+    def away(field: str) -> list[float]:
+        return [of[variant][field] - of[reference][field] for of in summaries]
+
+    accuracy = [100 * difference for difference in away("eval_accuracy_after")]
+    worst = [100 * difference for difference in away("worst_client_accuracy")]
+    loss = away("eval_loss_after")
+    return (
+        f"After training, `{variant.name}` minus `{reference.name}`: accuracy "
+        f"{statistics.mean(accuracy):+.2f} points (each seed: "
+        f"{', '.join(f'{d:+.2f}' for d in accuracy)}), of the worst client "
+        f"{statistics.mean(worst):+.2f} ({', '.join(f'{d:+.2f}' for d in worst)}), loss "
+        f"{statistics.mean(loss):+.4f} nats ({', '.join(f'{d:+.4f}' for d in loss)})"
+    )
+
+
 def main() -> None:
-    """Run every pair and print the table."""
+    """Run every variant of every seed and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="kit")
     parser.add_argument("--model", default="mini")
@@ -58,26 +102,25 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--local-steps", type=int, default=20)
+    parser.add_argument(
+        "--codec", nargs="+", metavar="NAME", choices=("fp32", "fp16", "int8", "int4"),
+        help="hold PWFF's uploads in these against fp32, instead of PWFF against local-only",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     arguments = parser.parse_args()
-    lines, differences, losses = [], [], []
+    variants = codecs(arguments.codec) if arguments.codec else METHODS
+    lines, summaries = [], []
     for seed in range(arguments.seeds):
-        pair = {method: run(method, seed, arguments) for method in METHODS}
-        lines += [row(f"{method}, seed {seed}", pair[method]) for method in METHODS]
-        ours, alone = (pair[method]["summary"] for method in METHODS)
-        differences.append(100 * (ours["eval_accuracy_after"] - alone["eval_accuracy_after"]))
-        losses.append(ours["eval_loss_after"] - alone["eval_loss_after"])
+        records = {variant: run(variant, seed, arguments) for variant in variants}
+        lines += [row(f"{variant.name}, seed {seed}", r) for variant, r in records.items()]
+        summaries.append({variant: r["summary"] for variant, r in records.items()})
     print("| run | accuracy before, % | after, % | loss before, nats | after, nats "
           "| worst client, % | clients improved | sent, MB |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|")
     print("\n".join(lines))
-    points = ", ".join(f"{d:+.2f}" for d in differences)
-    nats = ", ".join(f"{d:+.4f}" for d in losses)
-    print(
-        "\nAfter training, `pwff` minus `local-only`: accuracy "
-        f"{statistics.mean(differences):+.2f} points (each seed: {points}), "
-        f"loss {statistics.mean(losses):+.4f} nats (each seed: {nats})"
-    )
+    *others, reference = variants
+    for variant in others:
+        print(f"\n{paired(variant, reference, summaries)}")
 
 
 if __name__ == "__main__":

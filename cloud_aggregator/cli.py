@@ -14,9 +14,10 @@ import click
 from rich.console import Console
 from rich.logging import RichHandler
 
+from cloud_aggregator.closing import closing_lines, closing_table
 from cloud_aggregator.experiment import load_experiment
 from cloud_aggregator.methods import METHODS
-from cloud_aggregator.progress import ProgressView, closing_lines, closing_table, say
+from cloud_aggregator.progress import ProgressView, say
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.run_folder import RunFolder
 from device_profiles.config_files import read_toml
@@ -59,11 +60,15 @@ def stop_on_signals(aggregator: Aggregator) -> None:
 @click.command()
 @click.argument("experiment", required=False, type=click.Path(path_type=Path))
 @click.option("--method", metavar="NAME", help=f"One of {', '.join(METHODS)} (default pwff).")
-@click.option("--stages", metavar="NAMES", help="Stages to run; this version has 'instruction'.")
+@click.option(
+    "--stages", metavar="NAMES", help="instruction, reward, alignment, with commas (instruction)."
+)
 @click.option("--clients", type=int, metavar="N", help="Devices drawn (default 10).")
 @click.option("--fleet", metavar="FILE|NAME", help="Mix of device profiles (default mixed).")
-@click.option("--rounds", metavar="N", help="Rounds at most (default 6).")
-@click.option("--local-steps", metavar="N", help="Optimiser steps a client and round (default 12).")
+@click.option("--rounds", metavar="N[,N]", help="At most, one or one a stage (6, 5, 4).")
+@click.option(
+    "--local-steps", metavar="N[,N]", help="A client and round, one or one a stage (12, 40, 2)."
+)
 @click.option("--batch-size", type=int, metavar="N", help="Examples a step (default 4).")
 @click.option("--learning-rate", type=float, metavar="X", help="Of AdamW (default 0.001).")
 @click.option("--seed", type=int, metavar="N", help="Same seed, same bits (default 0).")
@@ -74,6 +79,23 @@ def stop_on_signals(aggregator: Aggregator) -> None:
     help="Of the base: fp32, bf16, int8, int8-dynamic, nf4, or auto, the device's plan (auto).",
 )
 @click.option("--data", metavar="kit|alpaca|FILE", help="Instruction data (default kit).")
+@click.option("--helpfulness", metavar="kit|FILE", help="Preference pairs (default kit).")
+@click.option("--harmlessness", metavar="kit|FILE", help="Preference pairs (default kit).")
+@click.option("--prompts", metavar="kit|FILE", help="That alignment answers (the pairs' own).")
+@click.option("--trunk-precision", metavar="NAME", help="Of what reward models read (int8).")
+@click.option("--reward-batch-size", type=int, metavar="N", help="Pairs a step (32).")
+@click.option("--reward-learning-rate", type=float, metavar="X", help="Of the heads (0.0003).")
+@click.option("--margin", type=float, metavar="X", help="Of the Bradley-Terry loss (0).")
+@click.option("--algorithm", metavar="NAME", help="Of alignment: ppo, rloo or dpo (ppo).")
+@click.option("--rollouts", type=int, metavar="N", help="Responses a step of alignment (16).")
+@click.option("--alignment-learning-rate", type=float, metavar="X", help="Of AdamW (0.0003).")
+@click.option("--max-new-tokens", type=int, metavar="N", help="Of a response (48).")
+@click.option("--temperature", type=float, metavar="X", help="Of rollouts (0.7).")
+@click.option("--kl-coefficient", type=float, metavar="X", help="Cost of a nat at first (0.15).")
+@click.option("--kl-target", type=float, metavar="NATS", help="Steered to; 0: fixed cost (6).")
+@click.option("--kl-limit", type=float, metavar="NATS", help="Beyond it a round is undone (50).")
+@click.option("--reward-drop", type=float, metavar="X", help="Likewise, fall of reward (2).")
+@click.option("--held-out-prompts", type=int, metavar="N", help="Answered when measured (16).")
 @click.option("--partition", metavar="KIND", help="iid, category, cluster or dirichlet (category).")
 @click.option(
     "--alpha", type=float, metavar="A", help="Dirichlet's; small is uneven (default 0.5)."
@@ -152,7 +174,7 @@ def emulate(
     if out is None:
         now = datetime.datetime.now().astimezone()
         out = Path("runs") / f"{chosen.method}-{chosen.seed}-{now:%Y%m%d-%H%M%S}"
-    with ProgressView(console, chosen.rounds) as view:
+    with ProgressView(console, chosen.total_rounds) as view:
         record = run_emulation(chosen, out, resume=resume, notify=view, on_start=stop_on_signals)
     remedy = f"go on with --resume --out {out}"
     return _close(console, record, RunFolder(out), remedy=remedy, as_json=as_json)
@@ -190,7 +212,7 @@ def aggregator(path: Path, verbose: int) -> int:
     console = Console()
     _start_logging(max(1, verbose), console)
     service = load_service(path)
-    with ProgressView(console, service.rounds) as view:
+    with ProgressView(console, service.total_rounds) as view:
         record = serve(service, notify=view, on_start=stop_on_signals)
     remedy = f"start it again with --config {path}"
     return _close(console, record, RunFolder(service.out), remedy=remedy, as_json=False)

@@ -8,19 +8,43 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from cloud_aggregator.methods import METHODS
+from cloud_aggregator.methods import METHODS, find_method
 from device_profiles.config_files import Config, check, choose, read_toml
 from device_profiles.errors import InputError
 from device_profiles.link import PAPER_LINK, Link, profile_link
 from device_profiles.modules import PLACEMENTS
 from device_profiles.profile import Radio
+from device_profiles.stages import STAGES, parse_stages
 from messaging.chunks import CHUNK_BYTES
 from messaging.mqtt import parse_address
-from messaging.protocol import Codec
+from messaging.protocol import AlignmentSettings, Codec, Stage
 
-Positive = Annotated[int, Field(ge=1, le=1_000_000)]
+_MOST = 1_000_000
+Positive = Annotated[int, Field(ge=1, le=_MOST)]
+
+
+def _counts(value: object) -> object:
+    """Read ``6`` and ``6,4,4``, as a command line has them, besides TOML's numbers and lists."""
+    if isinstance(value, str):
+        value = [word.strip() for word in value.split(",")]
+        value = [int(word) if word.isdecimal() else word for word in value]
+        value = value[0] if len(value) == 1 else value
+    given = value if isinstance(value, list) else [value]
+    sound = all(type(one) is int and 1 <= one <= _MOST for one in given)
+    if not sound or not 1 <= len(given) <= len(STAGES):
+        raise ValueError(
+            f"give a whole number from 1 to {_MOST}, or one for each stage, separated by commas"
+        )
+    return value
+
+
+#: One number for every stage, or one a stage.
+Counts = Annotated[int | list[int], BeforeValidator(_counts)]
+
+DEFAULT_ROUNDS: dict[Stage, int] = {"instruction": 6, "reward": 5, "alignment": 4}
+DEFAULT_STEPS: dict[Stage, int] = {"instruction": 12, "reward": 40, "alignment": 2}
 
 #: Settings that change how a run is done and not what comes of it; a resumed run may change them.
 HOW = frozenset({"workers", "transport", "broker", "broker_port", "broker_wait_seconds", "rounds"})
@@ -47,11 +71,30 @@ class Experiment(Config):
         method: Row of the methods table.
         clients: How many devices are drawn.
         fleet: Name or TOML file of a mix of device profiles.
-        rounds: At most so many.
-        local_steps: Optimiser steps a client takes a round.
+        stages: ``instruction``, ``reward`` and ``alignment``, separated by commas.
+        rounds: At most so many; one number, or one a stage.
+        local_steps: Optimiser steps a client takes a round (of alignment, batches of rollouts);
+            one number, or one a stage.
         model: ``mini``, a checkpoint folder or a hub id.
         precision: Of the frozen base; ``auto`` is what each device's plan says.
         data: ``kit``, ``alpaca`` (hub) or a JSON or JSONL file.
+        helpfulness: Preference pairs of that objective: ``kit``, a file, or a hub id.
+        harmlessness: Likewise.
+        preference: Weight of helpfulness of every user, instead of each one's own; harmlessness has
+            the rest.
+        prompts: Instructions that alignment answers: ``kit`` or a file; by default those of each
+            client's own preference pairs.
+        trunk_precision: Of the bare base whose hidden states the reward models read; one for all.
+        reward_batch_size: Pairs a step of reward learning.
+        reward_learning_rate: Of its AdamW.
+        margin: By which the Bradley-Terry loss wants a chosen response to score higher.
+        algorithm: Of alignment: ``ppo``, or the ablations ``rloo`` and ``dpo``.
+        rollouts: Prompts that a step of alignment answers.
+        alignment_learning_rate: Of its AdamW.
+        max_new_tokens: And the four after it: see ``messaging.protocol.AlignmentSettings``.
+        reward_drop: Fall of the mean weighted reward below its beginning at which a round of
+            alignment is taken back.
+        held_out_prompts: That a client answers at most when results are measured.
         partition: How examples are divided among clients; ``alpha`` is Dirichlet's.
         skew: Exponent of the power law of the clients' sizes; 0 for equal sizes.
         held_out_share: Of each client's examples, where the data does not say itself.
@@ -75,17 +118,35 @@ class Experiment(Config):
     """
 
     method: str = "pwff"
-    stages: Literal["instruction"] = "instruction"
+    stages: str = "instruction"
     clients: Annotated[int, Field(ge=1, le=10_000)] = 10
     fleet: str = "mixed"
-    rounds: Positive = 6
-    local_steps: Positive = 12
+    rounds: Counts | None = None
+    local_steps: Counts | None = None
     batch_size: Positive = 4
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     model: str = "mini"
     precision: Literal["auto", "fp32", "bf16", "int8", "int8-dynamic", "nf4"] = "auto"
     data: str = "kit"
+    helpfulness: str = "kit"
+    harmlessness: str = "kit"
+    preference: Annotated[float, Field(ge=0, le=1)] | None = None
+    prompts: str | None = None
+    trunk_precision: Literal["fp32", "bf16", "int8", "nf4"] = "int8"
+    reward_batch_size: Positive = 32
+    reward_learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
+    margin: Annotated[float, Field(ge=0, le=100)] = 0.0
+    algorithm: Literal["ppo", "rloo", "dpo"] = "ppo"
+    rollouts: Annotated[int, Field(ge=1, le=4096)] = 16
+    alignment_learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 48
+    temperature: Annotated[float, Field(gt=0, le=10)] = 0.7
+    kl_coefficient: Annotated[float, Field(ge=0, le=100)] = 0.15
+    kl_target: Annotated[float, Field(ge=0, le=1000)] = 6.0
+    kl_limit: Annotated[float, Field(gt=0, le=1e6)] = 50.0
+    reward_drop: Annotated[float, Field(gt=0)] = 2.0
+    held_out_prompts: Positive = 16
     partition: str = "category"
     alpha: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 0.5
     skew: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
@@ -139,6 +200,53 @@ class Experiment(Config):
         return replace(link, **changes)
 
     @property
+    def stage_names(self) -> list[Stage]:
+        """The stages in their order."""
+        return parse_stages(self.stages, find_method(self.method))
+
+    def rounds_of(self, stage: Stage) -> int:
+        """Return how many rounds a stage has at most."""
+        return self._count_of("rounds", self.rounds, DEFAULT_ROUNDS, stage)
+
+    def steps_of(self, stage: Stage) -> int:
+        """Return how many steps a client takes in a round of a stage."""
+        return self._count_of("local_steps", self.local_steps, DEFAULT_STEPS, stage)
+
+    def _count_of(
+        self, key: str, given: int | list[int] | None, default: dict[Stage, int], stage: Stage
+    ) -> int:
+        if given is None:
+            return default[stage]
+        if isinstance(given, int):
+            return given
+        names = self.stage_names
+        if len(given) != len(names):
+            raise InputError(
+                f"{key} = {','.join(map(str, given))} has {len(given)} numbers for "
+                f"{len(names)} stages ({', '.join(names)}); give one, or one a stage"
+            )
+        return given[names.index(stage)]
+
+    @property
+    def total_rounds(self) -> int:
+        """Rounds of all stages at most."""
+        return sum(self.rounds_of(stage) for stage in self.stage_names)
+
+    @property
+    def alignment(self) -> AlignmentSettings:
+        """How devices align their models."""
+        return AlignmentSettings(
+            algorithm=self.algorithm,
+            rollouts=self.rollouts,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            kl_coefficient=self.kl_coefficient,
+            kl_target=self.kl_target,
+            kl_limit=self.kl_limit,
+            held_out_prompts=self.held_out_prompts,
+        )
+
+    @property
     def run_name(self) -> str:
         """The run's name in topics and update headers: the same for the same outcome."""
         said = {k: v for k, v in stored(self).items() if k not in HOW}
@@ -157,6 +265,8 @@ def load_experiment(path: Path | None, options: dict[str, Any]) -> Experiment:
     experiment = check(Experiment, {**values, **options}, source)
     choose("method", experiment.method, METHODS)
     choose("LoRA placement", experiment.placement, PLACEMENTS)
+    for stage in experiment.stage_names:
+        _ = experiment.rounds_of(stage), experiment.steps_of(stage)
     if experiment.cohort is not None and experiment.cohort > experiment.clients:
         raise InputError(
             f"cohort = {experiment.cohort} of clients = {experiment.clients}; choose at most as "

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, and the table at its end.
+"""What a person sees while a run goes on.
 
 On a terminal: a live view of clients, rounds, bytes and the time left. Elsewhere (a log, a pipe):
 one line an event that matters.
@@ -7,12 +7,11 @@ one line an event that matters.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -20,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cloud_aggregator.records import RunRecord
+from cloud_aggregator.stages import TAKEN_BACK
 from messaging.protocol import DeviceRecord
 
 
@@ -40,6 +40,25 @@ def percent(value: float | None, sign: str = " %") -> str:
 def nats(value: float | None) -> str:
     """Return a loss with three decimals, or a dash."""
     return "-" if value is None else f"{value:.3f}"
+
+
+_TRAINING = {"instruction": "training", "reward": "learning", "alignment": "aligning"}
+
+
+def stage_words(stage: str, figures: Mapping[str, Any]) -> str:
+    """Return what a stage's figures say in few words."""
+    if stage == "reward":
+        return (
+            f"pair accuracy {percent(figures['reward_accuracy'])}, "
+            f"loss {nats(figures['reward_loss'])}"
+        )
+    if stage == "alignment":
+        return (
+            f"weighted reward {nats(figures['weighted_reward'])} (helpfulness "
+            f"{nats(figures['reward_helpfulness'])}, harmlessness "
+            f"{nats(figures['reward_harmlessness'])}), KL {nats(figures['kl'])} nats"
+        )
+    return f"accuracy {percent(figures['eval_accuracy'])}, loss {nats(figures['eval_loss'])}"
 
 
 def say(console: Console, line: str) -> None:
@@ -146,10 +165,11 @@ class ProgressView:
         row.doing = "ready" if online else "left"
         row.profile, row.lora_count = profile or row.profile, lora_count or row.lora_count
 
-    def _on_task(self, work: str, round: int, clients: list[str]) -> None:
+    def _on_task(self, work: str, round: int, clients: list[str], stage: str) -> None:
         self._view.round = round
+        words = _TRAINING.get(stage, "training") if work == "train" else "measuring"
         for client in clients:
-            self._row(client).doing = "training" if work == "train" else "measuring"
+            self._row(client).doing = words
 
     def _on_update(
         self, client: str, verdict: str, train_loss: float | None, **fields: Any
@@ -171,19 +191,27 @@ class ProgressView:
             row.before = eval_accuracy
         row.accuracy, row.loss, row.doing = eval_accuracy, eval_loss, "measured"
 
-    def _on_before(self, eval_loss: float | None, eval_accuracy: float | None) -> None:
-        self._say(f"before: held-out accuracy {percent(eval_accuracy)}, loss {nats(eval_loss)}")
+    def _on_before(self, stage: str, **figures: Any) -> None:
+        if stage != "instruction":
+            self._say(f"stage {stage}:")
+        where = "" if stage == "alignment" else "held-out "
+        self._say(f"before: {where}{stage_words(stage, figures)}")
 
     def _on_round(self, **f: Any) -> None:
         self._round_seconds.append(f["wall_seconds"])
         self._advance(f["round"])
         left = self._left()
         self._say(
-            f"round {f['round']}/{self._rounds}: accuracy {percent(f['eval_accuracy'])}, "
-            f"loss {nats(f['eval_loss'])}, {f['accepted']} of {f['clients']} clients, "
+            f"round {f['round']}/{self._rounds}: {stage_words(f['stage'], f)}, "
+            f"{f['accepted']} of {f['clients']} clients, "
             f"{human_bytes(f['upload_bytes'])} up, {f['virtual_seconds']:.0f} s modelled, "
             f"{f['wall_seconds']:.0f} s here" + (f", {left}" if left else "")
         )
+        if f["taken_back"]:
+            self._say(
+                f"round {f['round']} was taken back ({TAKEN_BACK[f['taken_back']]}): every device "
+                "has again what it had before, and the stage ends"
+            )
 
     def _left(self) -> str:
         rounds = self._rounds - self._view.round
@@ -217,50 +245,3 @@ class ProgressView:
             )
         sent = Text(f"{human_bytes(self._view.bytes_up)} of updates received")
         return Group(table, sent, self._bar)
-
-
-def closing_table(record: RunRecord) -> Table:
-    """Return the table that ends a run: every client before and after, and what it sent."""
-    title = f"{record.run}: {record.status} ({record.stop_reason})"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("client", no_wrap=True)
-    for name in ("LoRA", "rows", "accuracy, %", "loss, nats", "sent", "uplink*"):
-        table.add_column(name, justify="right", no_wrap=True)
-    before = {c.id: c for c in record.before}
-    for device in record.clients:
-        mine = [c for r in record.rounds for c in r.clients if c.id == device.id]
-        measured = [c for c in mine if c.eval_accuracy is not None]
-        first, last = before.get(device.id), measured[-1] if measured else None
-        table.add_row(
-            device.id,
-            str(device.lora_count),
-            str(device.examples),
-            f"{percent(first.eval_accuracy if first else None, '')} -> "
-            f"{percent(last.eval_accuracy if last else None, '')}",
-            f"{nats(first.eval_loss if first else None)} -> "
-            f"{nats(last.eval_loss if last else None)}",
-            human_bytes(sum(c.upload_bytes for c in mine)),
-            f"{sum(c.uplink_seconds for c in mine):.1f} s",
-        )
-    return table
-
-
-def closing_lines(record: RunRecord) -> list[str]:
-    """Return the sentences that end a run, with its figures whatever they say."""
-    s = record.summary
-    if s.eval_accuracy_before is None or s.eval_accuracy_after is None:
-        return ["Held-out accuracy was not measured.", "* modelled"]
-    change = s.eval_accuracy_after - s.eval_accuracy_before
-    word = "rose" if change > 0 else "fell" if change < 0 else "stayed"
-    return [
-        f"Held-out accuracy {word} from {percent(s.eval_accuracy_before)} to "
-        f"{percent(s.eval_accuracy_after)} (loss {nats(s.eval_loss_before)} to "
-        f"{nats(s.eval_loss_after)}); it rose for {s.clients_improved} of {len(record.clients)} "
-        f"clients; the worst client has {percent(s.worst_client_accuracy)}.",
-        f"{human_bytes(s.upload_bytes_total)} of updates in {len(record.rounds)} rounds; "
-        f"an upload takes {s.mean_uplink_seconds:.2f} s and {s.mean_uplink_joules:.2f} J "
-        "on average (modelled)."
-        if s.upload_bytes_total
-        else "Nothing was uploaded.",
-        "* modelled",
-    ]

@@ -6,13 +6,11 @@ bits includes it. Everything else is a function of configuration, seed and accep
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from device_profiles.selection import jain_index
-from messaging.protocol import DeviceRecord, Stage
+from messaging.protocol import DeviceRecord, Objective, PairFigures, Stage
 
 Status = Literal["aggregated", "late", "lost", "rejected", "skipped"]
 
@@ -44,13 +42,17 @@ class ModelRecord(_Part):
 
 
 class DataRecord(_Part):
-    """What the clients hold, together. In deployment the source is the clients' own."""
+    """What the clients hold, together. In deployment the source is the clients' own.
+
+    ``preferences`` are hashes, of the pairs of each objective and of the prompts.
+    """
 
     source: str
     sha256: str | None = None
     examples: int
     held_out_examples: int = 0
     broken_rows: int = 0
+    preferences: dict[str, str] = Field(default_factory=dict)
     partition: str | None = None
     alpha: float | None = None
     skew: float | None = None
@@ -90,13 +92,29 @@ class ClientRound(_Part):
     reward_harmlessness: float | None = None
     kl: float | None = None
     reward_accuracy: float | None = None
+    pairs: dict[Objective, PairFigures] = Field(default_factory=dict)
+    drift: float | None = None
+    response_tokens: float | None = None
+    responses_ended: float | None = None
 
 
 class GlobalRound(_Part):
-    """Example-weighted means over the clients that reported; the cloud runs no model."""
+    """Example-weighted means over the clients that reported; the cloud runs no model.
+
+    ``kl`` is of the round's rollouts, ``drift`` of the greedy responses after it. ``reward_loss``
+    and ``reward_accuracy`` are weighted by held-out pairs; ``weighted_reward`` is of each client's
+    score by its own user's preference.
+    """
 
     eval_loss: float | None = None
     eval_accuracy: float | None = None
+    reward_loss: float | None = None
+    reward_accuracy: float | None = None
+    reward_helpfulness: float | None = None
+    reward_harmlessness: float | None = None
+    weighted_reward: float | None = None
+    kl: float | None = None
+    drift: float | None = None
 
 
 class Observed(_Part):
@@ -109,7 +127,11 @@ class Observed(_Part):
 
 
 class RoundRecord(_Part):
-    """One round: one task out, a cohort's updates in, one global state out."""
+    """One round: one task out, a cohort's updates in, one global state out.
+
+    ``taken_back`` says why a round of alignment was undone: what its clients have then is measured
+    on the state before it, and ``dropped`` is what was measured on the state that it had made.
+    """
 
     stage: Stage
     round: int
@@ -117,21 +139,31 @@ class RoundRecord(_Part):
     virtual_seconds: float
     clients: list[ClientRound]
     global_: Annotated[GlobalRound, Field(alias="global")]
+    taken_back: str = ""
+    dropped: GlobalRound | None = None
     observed: Observed
 
     model_config = ConfigDict(extra="forbid", validate_by_name=True, serialize_by_alias=True)
 
 
 class ClientBefore(_Part):
-    """A client's held-out results before the first round."""
+    """A client's held-out results before the first round of a stage."""
 
     id: str
+    stage: Stage = "instruction"
     eval_loss: float | None
     eval_accuracy: float | None
+    reward_helpfulness: float | None = None
+    reward_harmlessness: float | None = None
+    reward_accuracy: float | None = None
 
 
 class Summary(_Part):
-    """The run in a few figures. ``*_before`` is measured before the first round."""
+    """The run in a few figures. ``*_before`` is measured before the first round of its stage.
+
+    ``clients_rewarded`` counts the clients whose weighted reward ends above where it began;
+    ``longer_wins`` is the pair accuracy of the rule that the longer response is the better one.
+    """
 
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None
@@ -143,6 +175,12 @@ class Summary(_Part):
     mean_uplink_joules: float = 0.0
     participation_fairness: float | None = None
     upload_bytes_total: int = 0
+    reward_accuracy_after: float | None = None
+    longer_wins: float | None = None
+    weighted_reward_before: float | None = None
+    weighted_reward_after: float | None = None
+    clients_rewarded: int | None = None
+    kl_after: float | None = None
 
 
 class RunRecord(_Part):
@@ -168,56 +206,3 @@ class RunRecord(_Part):
     summary: Summary = Field(default_factory=Summary)
 
     model_config = ConfigDict(extra="forbid", validate_by_name=True, serialize_by_alias=True)
-
-
-def weighted_mean(pairs: list[tuple[float | None, int]]) -> float | None:
-    """Return the mean of the values that are there, weighted by their example counts.
-
-    The sum is exact, so the mean does not depend on the order of the pairs.
-    """
-    there = [(value, weight) for value, weight in pairs if value is not None and weight > 0]
-    total = sum(weight for _, weight in there)
-    return math.fsum(value * weight for value, weight in there) / total if total else None
-
-
-def summarise(run: RunRecord) -> Summary:
-    """Return the summary of a run from its rounds.
-
-    A client's last held-out results count, whichever round they are from;
-    ``worst_client_accuracy`` is the lowest of them, and ``clients_improved`` counts the clients
-    whose accuracy is above theirs before the first round. A client that joined later has none.
-    ``participation_fairness`` is Jain's index of how often each client's update counted.
-    """
-    weights = {c.id: c.held_out_examples for c in run.clients}
-    before = {c.id: c.eval_accuracy for c in run.before if c.eval_accuracy is not None}
-    last: dict[str, ClientRound] = {}
-    for record in run.rounds:
-        last.update({c.id: c for c in record.clients if c.eval_accuracy is not None})
-    uploads = [c for r in run.rounds for c in r.clients if c.upload_bytes]
-    after = {i: c.eval_accuracy for i, c in last.items() if c.eval_accuracy is not None}
-    improved = [i for i, a in after.items() if i in before and a > before[i]]
-    return Summary(
-        eval_loss_before=weighted_mean([(c.eval_loss, weights[c.id]) for c in run.before]),
-        eval_loss_after=weighted_mean([(c.eval_loss, weights[i]) for i, c in last.items()]),
-        eval_accuracy_before=weighted_mean([(c.eval_accuracy, weights[c.id]) for c in run.before]),
-        eval_accuracy_after=weighted_mean([(a, weights[i]) for i, a in after.items()]),
-        worst_client_accuracy=min(after.values(), default=None),
-        clients_improved=len(improved) if after else None,
-        mean_uplink_seconds=_mean([c.uplink_seconds for c in uploads]),
-        mean_uplink_joules=_mean([c.uplink_joules for c in uploads]),
-        participation_fairness=_fairness(run),
-        upload_bytes_total=sum(c.upload_bytes for c in uploads),
-    )
-
-
-def _fairness(run: RunRecord) -> float | None:
-    """Return Jain's index of how often each client's update counted; none before any did."""
-    counts = dict.fromkeys((c.id for c in run.clients), 0)
-    for record in run.rounds:
-        for client in record.accepted:
-            counts[client] = counts.get(client, 0) + 1
-    return jain_index(list(counts.values())) if any(counts.values()) else None
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values) if values else 0.0

@@ -49,6 +49,13 @@ class Registry:
             )
         if hello.device is None or hello.device.id != hello.client:
             raise ProtocolError("identity", "HELLO without a record of the device that sends it")
+        others = [self.devices[name] for name in self._online if name != hello.client]
+        if any(device.scoring != hello.device.scoring for device in others):
+            raise ProtocolError(
+                "layout",
+                f"device '{hello.client}' scores responses by '{hello.device.scoring}' and the "
+                "others do not: another trunk precision, or another reference set; give it theirs",
+            )
         self._sessions[hello.client] = hello.session
         self._online.add(hello.client)
         self.devices[hello.client] = hello.device

@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from cloud_aggregator.intake import Intake
-from cloud_aggregator.records import (
-    ClientRound,
-    GlobalRound,
-    Observed,
-    RoundRecord,
-    weighted_mean,
-)
+from cloud_aggregator.records import ClientRound, Observed, RoundRecord
+from cloud_aggregator.summary import global_figures, weighted_mean
 from device_profiles.battery import Battery
 from device_profiles.energy import power_cost
 from messaging.chunks import wire_bytes
-from messaging.protocol import Costs, DeviceRecord, Report
+from messaging.protocol import Costs, DeviceRecord, Report, Stage
 
 
 def round_record(
@@ -23,6 +18,7 @@ def round_record(
     intake: Intake,
     reports: Mapping[str, Report],
     *,
+    stage: Stage,
     before: RoundRecord | None,
     observed: Observed,
 ) -> RoundRecord:
@@ -32,6 +28,7 @@ def round_record(
         devices: Every device of the run, asked or not, in client order.
         intake: What the round's cohort gave.
         reports: Held-out results on the round's new state, by client.
+        stage: That the round is of.
         before: The record of the round before, for what its batteries had left.
         observed: What this machine saw.
     """
@@ -41,17 +38,13 @@ def round_record(
         for device in devices
     ]
     slowest = max((entry.downlink_seconds for entry in entries), default=0.0)
-    figures = reports.values()
     return RoundRecord(
-        stage="instruction",
+        stage=stage,
         round=intake.number,
         accepted=intake.round.accepted,
         virtual_seconds=(intake.round.closed_at or 0.0) + slowest,
         clients=entries,
-        global_=GlobalRound(
-            eval_loss=weighted_mean([(r.eval_loss, r.examples) for r in figures]),
-            eval_accuracy=weighted_mean([(r.eval_accuracy, r.examples) for r in figures]),
-        ),
+        global_=global_figures({d.id: d for d in devices}, reports),
         observed=observed,
     )
 
@@ -91,8 +84,22 @@ def _client_round(
         idle_seconds=idle.seconds,
         idle_joules=idle.joules,
     )
+    if report is not None:
+        _add_rewards(entry, report)
     entry.battery_left = _battery_left(device, entry, battery_left)
     return entry
+
+
+def _add_rewards(entry: ClientRound, report: Report) -> None:
+    figures, responses = report.pairs.values(), report.responses
+    entry.pairs = dict(report.pairs)
+    entry.reward_accuracy = weighted_mean([(f.accuracy, f.pairs) for f in figures])
+    if responses is not None:
+        entry.reward_helpfulness = responses.scores.get("helpfulness")
+        entry.reward_harmlessness = responses.scores.get("harmlessness")
+        entry.kl, entry.drift = responses.kl, responses.drift
+        entry.response_tokens = responses.tokens
+        entry.responses_ended = responses.ended
 
 
 def _battery_left(device: DeviceRecord, entry: ClientRound, before: float | None) -> float | None:

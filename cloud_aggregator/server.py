@@ -19,26 +19,28 @@ from typing import Literal
 from cloud_aggregator.aggregation import AGGREGATIONS
 from cloud_aggregator.cohort import able, choose_cohort
 from cloud_aggregator.intake import Client, Intake, IntakeRules
-from cloud_aggregator.methods import find_method, initial_tensors, own_layout
+from cloud_aggregator.methods import find_method, initial_state, own_layout
 from cloud_aggregator.records import (
-    ClientBefore,
+    GlobalRound,
     Observed,
     RoundRecord,
     RunRecord,
-    summarise,
 )
 from cloud_aggregator.registry import Registry
 from cloud_aggregator.round_record import round_record
-from cloud_aggregator.rounds import Convergence
 from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.shelf import Shelf
 from cloud_aggregator.spool import Spool
+from cloud_aggregator.stages import StagePlan, collapse, stage_end
+from cloud_aggregator.summary import client_before, global_figures, reward_before, summarise
 from device_profiles.errors import InputError
 from messaging import topics
 from messaging.chunks import parse_chunk
 from messaging.errors import ProtocolError
+from messaging.layout import Vector, joint_sha256
 from messaging.protocol import (
+    DeviceRecord,
     Hello,
     Manifest,
     Message,
@@ -46,7 +48,7 @@ from messaging.protocol import (
     Outcome,
     Reject,
     Report,
-    Stage,
+    StateRef,
     Task,
     Want,
     decode,
@@ -57,10 +59,9 @@ from messaging.transport import Network
 log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.5
-_STAGE: Stage = "instruction"
 
 Status = Literal["done", "running", "stopped", "failed"]
-Work = Literal["train", "evaluate"]
+Work = Literal["train", "evaluate", "restore"]
 
 
 class RunFailedError(Exception):
@@ -113,10 +114,15 @@ class Aggregator:
             deliver=lambda topic, payload: self._inbox.put((topic, payload)),
             connected=lambda: self._inbox.put(("", b"")),
         )
+        self._plan = settings.stages[0]
+        self._layouts = joint_sha256(plan.layout for plan in settings.stages)
         self._registry = Registry(
-            binding=settings.binding, layout=settings.layout.sha256, known=settings.known_clients
+            binding=settings.binding, layout=self._layouts, known=settings.known_clients
         )
-        self._shelf = Shelf(settings.run, settings.layout, folder, settings.chunk_bytes)
+        self._shelf = Shelf(settings.run, self._plan.layout, folder, settings.chunk_bytes)
+        self._policy: tuple[Vector, int] | None = None  # that instruction tuning ended with
+        self._reward: StateRef | None = None  # the reward models that alignment scores by
+        self._reference: StateRef | None = None  # the shared part of the stage-1 policy
         self._tasks: dict[str, Task] = {}
         self._reports: dict[str, Report] = {}
         self._intake: Intake | None = None
@@ -146,12 +152,16 @@ class Aggregator:
         self._transport.start()
         try:
             self._close_record("running", None)
-            self._restore()
+            self._remove_old_updates()
+            self._enter(self.settings.stages[0])
             self._gather()
-            if not self.record.before and not self.record.rounds:
-                self._before()
-            while not (reason := self._stop_reason()):
-                self._do_round(len(self.record.rounds) + 1)
+            reason = ""
+            for plan in self.settings.stages:
+                if plan is not self._plan:
+                    self._enter(plan)
+                reason = self._do_stage(plan)
+                if reason == "batteries":
+                    break
             self._close_record("done", reason)
             self._dismiss(reason)
         except _StoppedError:
@@ -177,14 +187,20 @@ class Aggregator:
 
     # -- phases ----------------------------------------------------------------------------------
 
-    def _stop_reason(self) -> str:
-        settings = self.settings
-        convergence = Convergence(epsilon=settings.epsilon, patience=settings.patience)
-        for record in self.record.rounds:
-            if convergence.observed(record.global_.eval_loss):
-                return "converged"
-        if len(self.record.rounds) >= settings.rounds:
-            return "rounds"
+    def _do_stage(self, plan: StagePlan) -> str:
+        """Do what is left of a stage; return why it is over."""
+        if not self._rounds_of(plan) and all(b.stage != plan.stage for b in self.record.before):
+            self._before()
+        while not (reason := self._stop_reason(plan)):
+            self._do_round(len(self.record.rounds) + 1)
+        return reason
+
+    def _rounds_of(self, plan: StagePlan) -> list[RoundRecord]:
+        return [r for r in self.record.rounds if r.stage == plan.stage]
+
+    def _stop_reason(self, plan: StagePlan) -> str:
+        if reason := stage_end(plan, self._rounds_of(plan)):
+            return reason
         known = {device.id: device for device in self.record.clients}
         return "" if able(known, self.record.rounds) or not known else "batteries"
 
@@ -197,17 +213,39 @@ class Aggregator:
         self.record.summary = summarise(self.record)
         self._folder.write_record(self.record)
 
-    def _restore(self) -> None:
-        """Put the newest global state on the shelf, or make the first one."""
-        settings = self.settings
-        newest = max((r.round for r in self.record.rounds if r.accepted), default=0)
-        if settings.layout.specs and newest:
-            self._shelf.put(self._shelf.load(newest), newest)
-        elif settings.layout.specs:
-            first = initial_tensors(find_method(settings.method), settings.modules, settings.seed)
-            self._shelf.put(settings.layout.pack(first), 0)
-        self._remove_old_updates()
+    def _enter(self, plan: StagePlan) -> None:
+        """Begin a stage or go on with it: put its newest global state on the shelf."""
+        shelf = self._shelf
+        if plan.stage == "alignment":
+            self._reward = shelf.newest
+        elif shelf.newest is not None and shelf.vector is not None:
+            self._policy = (shelf.vector, shelf.newest.round)
+        self._plan = plan
+        shelf.enter(plan.layout)
+        if plan.layout.specs:
+            self._put_first(plan)
+            if newest := max((r.round for r in self._rounds_of(plan) if r.accepted), default=0):
+                shelf.put(shelf.load(newest), newest)
         self._publish_manifest()
+
+    def _put_first(self, plan: StagePlan) -> None:
+        """Put the state on the shelf that a stage begins with; alignment needs it to its end."""
+        settings, shelf = self.settings, self._shelf
+        if plan.stage == "alignment" and self._policy is not None:
+            shelf.put(*self._policy, keep=False)
+        else:
+            first = initial_state(
+                plan.stage, find_method(settings.method), settings.modules, settings.seed
+            )
+            begins = [r.stage for r in self.record.rounds].count  # rounds of the stages before
+            earlier = settings.stages[: settings.stages.index(plan)]
+            number = sum(begins(other.stage) for other in earlier)
+            shelf.put(plan.layout.pack(first), number, keep=number == 0)
+        if plan.stage == "alignment":
+            self._reference = shelf.newest
+            for ref in (self._reward, self._reference):
+                if ref is not None:
+                    shelf.pin(ref)
 
     def _remove_old_updates(self) -> None:
         """Leave in the spool only what an earlier process took in the round that comes next."""
@@ -245,32 +283,33 @@ class Aggregator:
             data.held_out_examples = sum(c.held_out_examples for c in self.record.clients)
 
     def _before(self) -> None:
-        reports = self._evaluate(0, {})
-        self.record.before = [
-            ClientBefore(id=i, eval_loss=r.eval_loss, eval_accuracy=r.eval_accuracy)
-            for i, r in sorted(reports.items())
-        ]
+        reports = self._evaluate(len(self.record.rounds), {})
+        stage = self._plan.stage
+        self.record.before += [client_before(stage, r) for _, r in sorted(reports.items())]
         self._write_record()
-        summary = self.record.summary
-        self._notify(
-            "before", eval_loss=summary.eval_loss_before, eval_accuracy=summary.eval_accuracy_before
-        )
+        figures = global_figures(self._registry.devices, reports)
+        self._notify("before", stage=stage, **figures.model_dump())
 
     def _do_round(self, number: int) -> None:
         began = self._clock()
         intake = self._train(number)
-        if intake.round.accepted and self._shelf.vector is not None:
-            aggregate = AGGREGATIONS[find_method(self.settings.method).average]
-            updates = intake.accepted_updates()
-            self._shelf.put(aggregate(self._shelf.vector, updates, self.settings.layout), number)
+        vector, layout = self._shelf.vector, self._plan.layout
+        if intake.round.accepted and vector is not None:
+            average = find_method(self.settings.method).average
+            aggregate = AGGREGATIONS[average if self._plan.stage != "reward" else "tensors"]
+            self._shelf.put(aggregate(vector, intake.accepted_updates(), layout), number)
             self._publish_manifest()
         outcomes: dict[str, Outcome] = {i: intake.round.status(i) for i in intake.round.cohort}
         reports = self._evaluate(number, outcomes)
+        why, figures = self._verdict(reports)
+        if why:
+            reports = self._take_back(number, vector)
         self._list_clients()
         record = round_record(
             self.record.clients,
             intake,
             reports,
+            stage=self._plan.stage,
             before=self.record.rounds[-1] if self.record.rounds else None,
             observed=Observed(
                 wall_seconds=self._clock() - began,
@@ -279,11 +318,27 @@ class Aggregator:
                 refused=dict(self._refused + intake.refused),
             ),
         )
+        if why:
+            record.taken_back, record.dropped = why, figures
         self._refused.clear()
         self.record.rounds.append(record)
         self._write_record()
         intake.clear()
         self._notify_round(record)
+
+    def _verdict(self, reports: dict[str, Report]) -> tuple[str, GlobalRound]:
+        """Return why a round of alignment must be taken back, if it must, and its figures."""
+        figures = global_figures(self._registry.devices, reports)
+        if self._plan.stage != "alignment":
+            return "", figures
+        return collapse(self._plan, reward_before(self.record), figures), figures
+
+    def _take_back(self, number: int, vector: Vector | None) -> dict[str, Report]:
+        """Make what was there before a round come of it, everywhere; return what is measured."""
+        if vector is not None:
+            self._shelf.put(vector, number)
+            self._publish_manifest()
+        return self._evaluate(number, {}, work="restore")
 
     def _train(self, number: int) -> Intake:
         settings = self.settings
@@ -294,7 +349,7 @@ class Aggregator:
             IntakeRules(
                 run=settings.run,
                 binding=settings.binding,
-                layout=settings.layout,
+                layout=self._plan.layout,
                 codec=settings.codec,
                 limits=settings.limits,
                 virtual_time=settings.virtual_time,
@@ -334,14 +389,19 @@ class Aggregator:
 
     def _client(self, name: str) -> Client:
         device = self._registry.devices[name]
-        layout = own_layout(self.settings.layout, device.lora_count)
-        return Client(examples=device.examples, layout=layout)
+        layout = own_layout(self._plan.layout, device.lora_count)
+        return Client(examples=self._weight(device), layout=layout)
+
+    def _weight(self, device: DeviceRecord) -> int:
+        """Return by how much a device's update counts."""
+        return device.preference_pairs if self._plan.stage == "reward" else device.examples
 
     def _cohort(self) -> list[str]:
         while not self._registry.online:
             log.info("waiting for devices: none is there")
             self._pump(lambda: bool(self._registry.online), self.settings.gather_seconds)
-        devices, rounds = self._registry.devices, self.record.rounds
+        known, rounds = self._registry.devices, self.record.rounds
+        devices = {i: device for i, device in known.items() if self._weight(device)}
         if self.settings.cohort is not None:
             return choose_cohort(self.settings.cohort, devices, rounds)
         return [i for i in self._asked() if i in able(devices, rounds)]
@@ -356,11 +416,16 @@ class Aggregator:
             sorted(self._registry.devices) if self.settings.virtual_time else self._registry.online
         )
 
-    def _evaluate(self, number: int, outcomes: dict[str, Outcome]) -> dict[str, Report]:
+    def _evaluate(
+        self,
+        number: int,
+        outcomes: dict[str, Outcome],
+        work: Literal["evaluate", "restore"] = "evaluate",
+    ) -> dict[str, Report]:
         settings = self.settings
         self._reports.clear()
         asked = self._asked()
-        self._assign("evaluate", number, asked, outcomes)
+        self._assign(work, number, asked, outcomes)
 
         def waited_for(client: str) -> bool:
             return settings.virtual_time or self._registry.is_online(client)
@@ -393,28 +458,33 @@ class Aggregator:
     def _assign(
         self, work: Work, number: int, clients: Iterable[str], outcomes: dict[str, Outcome]
     ) -> None:
-        settings = self.settings
+        settings, plan = self.settings, self._plan
         patience = settings.rules.deadline_seconds if settings.waits_for_channel else 0.0
+        aligns = plan.stage == "alignment"
         self._tasks = {
             client: Task(
                 run=settings.run,
                 client=client,
                 work=work,
-                stage=_STAGE,
+                stage=plan.stage,
                 round=number,
                 state=self._shelf.newest,
+                reward=self._reward if aligns else None,
+                reference=self._reference if aligns else None,
                 outcome=outcomes.get(client, "none"),
                 seed=settings.seed,
-                local_steps=settings.local_steps,
-                batch_size=settings.batch_size,
-                learning_rate=settings.learning_rate,
+                local_steps=plan.local_steps,
+                batch_size=plan.batch_size,
+                learning_rate=plan.learning_rate,
                 codec=settings.codec,
                 upload_within_seconds=patience,
                 max_length=settings.max_length,
+                margin=plan.margin,
+                alignment=plan.alignment,
             )
             for client in clients
         }
-        self._notify("task", work=work, round=number, clients=sorted(self._tasks))
+        self._notify("task", work=work, stage=plan.stage, round=number, clients=sorted(self._tasks))
         for client, task in self._tasks.items():
             self._send(client, task)
 
@@ -434,7 +504,7 @@ class Aggregator:
             run=self.settings.run,
             client=client,
             work="stop",
-            stage=_STAGE,
+            stage=self._plan.stage,
             round=len(self.record.rounds),
             state=None,
             seed=self.settings.seed,
@@ -445,11 +515,12 @@ class Aggregator:
     def _notify_round(self, record: RoundRecord) -> None:
         self._notify(
             "round",
+            stage=record.stage,
             round=record.round,
             accepted=len(record.accepted),
             clients=len(record.clients),
-            eval_loss=record.global_.eval_loss,
-            eval_accuracy=record.global_.eval_accuracy,
+            taken_back=record.taken_back,
+            **record.global_.model_dump(),
             upload_bytes=sum(c.upload_bytes for c in record.clients),
             virtual_seconds=record.virtual_seconds,
             wall_seconds=record.observed.wall_seconds,
@@ -559,7 +630,8 @@ class Aggregator:
 
     def _reported(self, report: Report) -> None:
         task = self._tasks.get(report.client)
-        if task is None or (task.work, task.round) != (report.phase, report.round):
+        phase = "train" if task is not None and task.work == "train" else "evaluate"
+        if task is None or (phase, task.round) != (report.phase, report.round):
             return  # said twice, or of a phase that is over
         if report.phase == "train" and self._intake is not None:
             self._intake.reported(report, self._clock())
@@ -571,6 +643,8 @@ class Aggregator:
             round=report.round,
             eval_loss=report.eval_loss,
             eval_accuracy=report.eval_accuracy,
+            pairs={k: v.accuracy for k, v in report.pairs.items()},
+            scores=dict(report.responses.scores) if report.responses else {},
         )
 
     def _send(self, client: str, message: Message) -> None:
@@ -582,10 +656,10 @@ class Aggregator:
             run=settings.run,
             session=self._session,
             method=settings.method,
-            stage=_STAGE,
+            stage=self._plan.stage,
             state=self._shelf.newest,
             binding=settings.binding,
-            layout=settings.layout.sha256,
+            layout=self._layouts,
             finished=self._finished,
         )
         self._transport.publish(topics.manifest(settings.run), encode(manifest), retain=True)

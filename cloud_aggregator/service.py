@@ -10,21 +10,50 @@ from typing import Annotated, Any
 import psutil
 from pydantic import Field
 
-from cloud_aggregator.methods import METHODS, ModuleShape, find_method, shared_layout
+from cloud_aggregator.methods import METHODS, ModuleShape, find_method, stage_layout
 from cloud_aggregator.records import DataRecord, ModelRecord, PricedRecord, RunRecord
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.server import Aggregator
 from cloud_aggregator.settings import RunSettings
+from cloud_aggregator.stages import StagePlan
 from device_profiles.config_files import Config, choose, load
 from device_profiles.errors import InputError
 from device_profiles.modules import PLACEMENTS, lora_rank
 from device_profiles.pricing import CostBasis
+from device_profiles.stages import parse_stages
 from messaging.chunks import CHUNK_BYTES
+from messaging.layout import Layout, joint_sha256
 from messaging.mqtt import MqttNetwork
-from messaging.protocol import Codec, Identifier
+from messaging.protocol import AlignmentSettings, Codec, Identifier, Stage
 from messaging.transfer import UploadLimits
 from quantization.identity import BaseIdentity, binding, identify
+
+
+class RewardSection(Config):
+    """Reward learning: rounds at most, and what a device does in one (steps of pairs)."""
+
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 5
+    local_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 40
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
+    margin: Annotated[float, Field(ge=0, le=100)] = 0.0
+
+
+class AlignmentSection(Config):
+    """Alignment: rounds at most, and what a device does in one (batches of rollouts).
+
+    Attributes:
+        settings: See ``messaging.protocol.AlignmentSettings``.
+        reward_drop: Fall of the mean weighted reward below its beginning at which a round is taken
+            back.
+    """
+
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 4
+    local_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 2
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
+    reward_drop: Annotated[float, Field(gt=0)] = 2.0
+    settings: AlignmentSettings = AlignmentSettings()
 
 
 class Service(Config):
@@ -36,6 +65,8 @@ class Service(Config):
         out: The run's folder; a run that is there goes on.
         clients: How many devices it waits for.
         minimum_clients: With how many it begins after ``gather_seconds``.
+        rounds: At most, of instruction tuning; and so ``local_steps``, ``batch_size`` and
+            ``learning_rate``. The other stages have a section each: see ``StageSection``.
         deadline_seconds: Of a training round, on this machine's clock.
         evaluation_seconds: How long it waits for held-out results.
         grants: Uploads that may send at once.
@@ -49,6 +80,7 @@ class Service(Config):
     minimum_clients: Annotated[int, Field(ge=1, le=100_000)] = 1
     gather_seconds: Annotated[float, Field(gt=0, le=1e6)] = 120.0
     method: str = "pwff"
+    stages: str = "instruction"
     model: str = "mini"
     placement: str = "qkv"
     lora_rank: Annotated[int, Field(ge=1, le=65_536)] | None = None
@@ -68,6 +100,15 @@ class Service(Config):
     patience: Annotated[int, Field(ge=0)] = 5
     grants: Annotated[int, Field(ge=1, le=1024)] = 16
     window: Annotated[int, Field(ge=1, le=1024)] = 8
+    reward: RewardSection = RewardSection()
+    alignment: AlignmentSection = AlignmentSection()
+
+    @property
+    def total_rounds(self) -> int:
+        """Rounds of all stages at most."""
+        names = parse_stages(self.stages, find_method(self.method))
+        parts = {"reward": self.reward.rounds, "alignment": self.alignment.rounds}
+        return sum(parts.get(name, self.rounds) for name in names)
 
 
 def load_service(path: Path) -> Service:
@@ -78,6 +119,7 @@ def load_service(path: Path) -> Service:
     """
     service = load(Service, path)
     choose("method", service.method, METHODS)
+    parse_stages(service.stages, find_method(service.method))
     choose("LoRA placement", service.placement, PLACEMENTS)
     if service.minimum_clients > service.clients:
         raise InputError(
@@ -111,7 +153,9 @@ def serve(
         placement=service.placement,
         lora_rank=lora_rank(identity.shape, service.lora_rank)[0],
     )
-    layout = shared_layout(find_method(service.method), modules)
+    method = find_method(service.method)
+    stages = parse_stages(service.stages, method)
+    layouts = {stage: stage_layout(stage, method, modules) for stage in stages}
     bound = binding(identity, service.placement)
     config = service.model_dump(mode="json", exclude_none=True)
     config["broker"] = str(network.address)  # without its secrets
@@ -122,7 +166,7 @@ def serve(
                 "base": identity.sha256,
                 "tokenizer": identity.tokenizer_sha256,
                 "binding": bound,
-                "layout": layout.sha256,
+                "layout": joint_sha256(layouts.values()),
             },
         }
     )
@@ -137,23 +181,17 @@ def serve(
             method=service.method,
             seed=service.seed,
             modules=modules,
-            layout=layout,
+            stages=tuple(_stage_plan(service, stage, layout) for stage, layout in layouts.items()),
             binding=bound,
             clients=service.clients,
             minimum_clients=service.minimum_clients,
             gather_seconds=service.gather_seconds,
-            rounds=service.rounds,
-            local_steps=service.local_steps,
-            batch_size=service.batch_size,
-            learning_rate=service.learning_rate,
             codec=service.codec,
             max_length=service.max_length,
             chunk_bytes=service.chunk_bytes,
             rules=RoundRules(quorum=service.quorum, deadline_seconds=service.deadline_seconds),
             virtual_time=False,
             patience_seconds=service.evaluation_seconds,
-            epsilon=service.epsilon,
-            patience=service.patience,
             limits=UploadLimits(grants=service.grants, window=service.window),
         ),
         record,
@@ -166,6 +204,28 @@ def serve(
     return server.run()
 
 
+def _stage_plan(service: Service, stage: Stage, layout: Layout) -> StagePlan:
+    sections: dict[Stage, RewardSection | AlignmentSection] = {
+        "reward": service.reward,
+        "alignment": service.alignment,
+    }
+    part = sections.get(stage, service)
+    aligns = stage == "alignment"
+    return StagePlan(
+        stage=stage,
+        layout=layout,
+        rounds=part.rounds,
+        local_steps=part.local_steps,
+        batch_size=service.reward.batch_size if stage == "reward" else service.batch_size,
+        learning_rate=part.learning_rate,
+        epsilon=service.epsilon,
+        patience=service.patience,
+        margin=service.reward.margin if stage == "reward" else 0.0,
+        alignment=service.alignment.settings if aligns else None,
+        reward_drop=service.alignment.reward_drop,
+    )
+
+
 def _record(service: Service, identity: BaseIdentity, folder: RunFolder) -> RunRecord:
     if folder.record_path.exists():
         record = read_record(folder.path)
@@ -174,6 +234,7 @@ def _record(service: Service, identity: BaseIdentity, folder: RunFolder) -> RunR
             "seed": (record.seed, service.seed),
             "method": (record.method, service.method),
             "codec": (record.codec, service.codec),
+            "stages": (record.stages, parse_stages(service.stages, find_method(service.method))),
             "base": (record.model.sha256, identity.sha256),
             "tokenizer": (record.model.tokenizer_sha256, identity.tokenizer_sha256),
         }
@@ -189,7 +250,7 @@ def _record(service: Service, identity: BaseIdentity, folder: RunFolder) -> RunR
         run=service.run,
         seed=service.seed,
         method=service.method,
-        stages=["instruction"],
+        stages=parse_stages(service.stages, find_method(service.method)),
         engine="deployment",
         workers=0,
         transport="mqtt",

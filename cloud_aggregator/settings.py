@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 
 from cloud_aggregator.cohort import CohortRule
 from cloud_aggregator.rounds import RoundRules
+from cloud_aggregator.stages import StagePlan
 from device_profiles.methods import ModuleShape
-from messaging.layout import Layout
 from messaging.protocol import Codec
 from messaging.transfer import UploadLimits
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """One run of the instruction stage.
+    """One run.
 
     Attributes:
         run: Name; part of every topic.
-        layout: The shared tensors: the allow-list.
+        stages: In their order; at least one.
         binding: Hash of base, tokenizer and placement that a device must have.
         clients: How many devices the run waits for before it begins.
         minimum_clients: With how many it begins once ``gather_seconds`` have passed.
@@ -30,31 +30,23 @@ class RunSettings:
         refuses_hopeless_deadline: Whether a deadline that no client meets in the first round ends
             the run as a mistake, instead of rounds without an update.
         waits_for_channel: Whether an emulated upload waits for good coherence blocks.
-        epsilon: Nats by which the held-out loss must improve to count.
-        patience: Rounds without improvement after which training has converged; 0 for never.
     """
 
     run: str
     method: str
     seed: int
     modules: ModuleShape
-    layout: Layout
+    stages: tuple[StagePlan, ...]
     binding: str
     clients: int
     minimum_clients: int
     gather_seconds: float
-    rounds: int
-    local_steps: int
-    batch_size: int
-    learning_rate: float
     codec: Codec
     max_length: int
     chunk_bytes: int
     rules: RoundRules
     virtual_time: bool
     patience_seconds: float
-    epsilon: float
-    patience: int
     known_clients: frozenset[str] | None = None
     cohort: CohortRule | None = None
     waits_for_channel: bool = False

@@ -1,4 +1,7 @@
-"""The global states that devices may ask for, by content: the newest, and the one before it."""
+"""The global states that devices may ask for, by content.
+
+The newest, the one before it, and those that are pinned: what a later stage goes on needing.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +32,30 @@ class Shelf:
         self._folder = folder
         self._chunk_bytes = chunk_bytes
         self._blobs: dict[str, tuple[StateRef, bytes]] = {}
+        self._pinned: set[str] = set()
         self.newest: StateRef | None = None
         self.vector: Vector | None = None
 
-    def put(self, vector: Vector, round_: int) -> StateRef:
-        """Make ``vector`` the newest state, on disk first."""
-        tensors = self._layout.unpack(vector)
-        write_atomically(self._folder.global_path(round_), save(tensors))
+    def enter(self, layout: Layout) -> None:
+        """Hold states of another layout from now on; those that are here can still be asked for."""
+        self._layout = layout
+        self.newest, self.vector = None, None
+
+    def pin(self, ref: StateRef) -> None:
+        """Keep a state on the shelf to the end of the run."""
+        self._pinned.add(ref.blob)
+
+    def put(self, vector: Vector, round_: int, *, keep: bool = True) -> StateRef:
+        """Make ``vector`` the newest state, on disk first.
+
+        Args:
+            vector: Packed.
+            round_: That it comes after.
+            keep: Whether it is written; a state that can be made again need not be.
+        """
+        if keep:
+            tensors = self._layout.unpack(vector)
+            write_atomically(self._folder.global_path(round_), save(tensors))
         header = BlobHeader(
             run=self._run,
             round=round_,
@@ -53,7 +73,8 @@ class Shelf:
             chunks=chunk_count(len(blob), self._chunk_bytes),
         )
         self._blobs[ref.blob] = (ref, blob)
-        for old in list(self._blobs)[:-_KEPT]:
+        loose = [name for name in self._blobs if name not in self._pinned]
+        for old in loose[:-_KEPT]:
             del self._blobs[old]
         self.newest, self.vector = ref, vector
         return ref

@@ -21,6 +21,10 @@ from device_profiles.modules import (
 )
 
 Kind = Literal["adapters", "lora"]
+Objective = Literal["helpfulness", "harmlessness"]
+
+#: What reward models judge, in the order that is used everywhere.
+OBJECTIVES: tuple[Objective, ...] = ("helpfulness", "harmlessness")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,8 @@ class Method:
             (every site of the placement).
         average: What is averaged of shared LoRA: ``tensors`` (each factor by itself, as the
             baselines do, though mean(B) mean(A) is not mean(B A)) or ``product``.
+        objectives: Whose reward models it learns and is aligned by; none for a method that is
+            instruction-tuned alone.
     """
 
     title: str
@@ -42,6 +48,7 @@ class Method:
     shared: tuple[Kind, ...]
     lora: Literal["own", "all"] = "own"
     average: Literal["tensors", "product"] = "tensors"
+    objectives: tuple[Objective, ...] = OBJECTIVES
 
 
 _BOTH: tuple[Kind, ...] = ("adapters", "lora")
@@ -72,7 +79,35 @@ METHODS: dict[str, Method] = {
         lora="all",
         average="product",
     ),
-    "local-only": Method(title="Local only (nothing leaves the device)", trained=_BOTH, shared=()),
+    "local-only": Method(
+        title="Local only (nothing leaves the device)", trained=_BOTH, shared=(), objectives=()
+    ),
+    "sfl": Method(
+        title="SFL (adapters averaged, helpfulness alone)",
+        trained=_BOTH,
+        shared=("adapters",),
+        objectives=("helpfulness",),
+    ),
+    "pfl": Method(
+        title="PFL (adapters and LoRA averaged, two rewards)",
+        trained=_BOTH,
+        shared=_BOTH,
+        lora="all",
+    ),
+    "shepherd": Method(
+        title="Shepherd (LoRA averaged, instruction-tuned alone)",
+        trained=("lora",),
+        shared=("lora",),
+        lora="all",
+        objectives=(),
+    ),
+    "shepherd-aligned": Method(
+        title="Shepherd (LoRA averaged, aligned with helpfulness)",
+        trained=("lora",),
+        shared=("lora",),
+        lora="all",
+        objectives=("helpfulness",),
+    ),
 }
 
 

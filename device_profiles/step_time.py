@@ -30,8 +30,11 @@ OTHER_MOVES = 0.65
 #: Fitted. Of a pass: what Python and torch take to start its operations.
 PASS_OVERHEAD_SECONDS = 0.0117
 #: Fitted, but for fp32 and bf16. Unpacking a weight of a matrix for one product, as bytes moved.
-UNPACKED_BYTES = {"fp32": 0.0, "bf16": 3.0, "int8": 2.0, "nf4": 9.5}
+UNPACKED_BYTES = {"fp32": 0.0, "bf16": 5.5, "int8": 4.5, "nf4": 17.0}
 
+#: A product with an unpacked weight goes over its result for the bias, or for zeros and a sum;
+#: with int8 a scale is in its way too.
+_PASSES_OVER_RESULT = {"fp32": 0, "bf16": 2, "int8": 3, "nf4": 2}
 _STATE_MOVES = 11  # of each trainable number: cleared, norm, clipped, AdamW (reads 4, writes 3)
 
 
@@ -97,6 +100,7 @@ def step_seconds(
         InputError: If placement or count are unknown or do not fit the base.
     """
     multiplied = moved = unpacked = 0.0
+    other = _moves(shape, lora_count, pass_, checkpoint=checkpoint)
     chunks = math.ceil(pass_.wanted * shape.vocabulary / HEAD_CHUNK_NUMBERS)
     for product in products(shape, lora_count, pass_, checkpoint=checkpoint):
         multiplied += product.flops
@@ -104,12 +108,12 @@ def step_seconds(
         if product.frozen:
             head = shape.vocabulary in (product.inner, product.columns)
             unpacked += product.times * product.inner * product.columns * (chunks if head else 1)
-    other = NUMBER_BYTES * _moves(shape, lora_count, pass_, checkpoint=checkpoint)
+            other += _PASSES_OVER_RESULT[precision] * product.times * product.rows * product.columns
     state = NUMBER_BYTES * _STATE_MOVES * trainable_parameters(shape, lora_count)
     copied = 1 / machine.bandwidth
     return StepSeconds(
         products=passes * (multiplied / machine.flops + PRODUCT_MOVES * moved * copied),
-        moves=(passes * OTHER_MOVES * other + state) * copied,
+        moves=(passes * OTHER_MOVES * NUMBER_BYTES * other + state) * copied,
         unpacking=passes * UNPACKED_BYTES[precision] * unpacked * copied,
         overhead=passes * machine.overhead_seconds,
     )

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 from edge_client.local_client import Result, Setup
+from edge_client.stage_work import GlobalStates
 from messaging import topics
 from messaging.chunks import chunk_count, make_chunk, parse_chunk, wire_bytes
 from messaging.codecs import decode_blob, max_blob_bytes
 from messaging.errors import ProtocolError
-from messaging.layout import Vector
+from messaging.layout import Layout, Vector
 from messaging.protocol import (
     DeviceRecord,
     Done,
@@ -29,6 +30,7 @@ from messaging.protocol import (
     Offer,
     Reject,
     Report,
+    Stage,
     StateRef,
     Task,
     Want,
@@ -51,8 +53,8 @@ class Performer(Protocol):
     setup: Setup
     device: DeviceRecord
 
-    def perform(self, task: Task, shared: Vector | None, download_bytes: int) -> Result:
-        """Train or evaluate."""
+    def perform(self, task: Task, states: GlobalStates, download_bytes: int) -> Result:
+        """Train, evaluate or restore."""
 
 
 class Agent:
@@ -80,13 +82,13 @@ class Agent:
         self.finished = False
         self.failure: str | None = None
         self._binding = binding
-        self._most_state_bytes = max_blob_bytes(local.setup.layout, "fp32")
         self._seen_aggregator = ""
         self._publish = publish
         self._start_work = start_work
         self._task: Task | None = None
         self._working = False
-        self._shared: tuple[str, Vector] | None = None
+        self._held: dict[str, Vector] = {}  # global states by their hash
+        self._newest: dict[Stage, str] = {}  # of each stage: a later one asks for it again
         self._downloaded = 0
         self._download: Download | None = None
         self._upload: Upload | None = None
@@ -106,7 +108,7 @@ class Agent:
                 session=self.session,
                 online=online,
                 binding=self._binding,
-                layout=self.local.setup.layout.sha256,
+                layout=self.local.setup.layouts_sha256,
                 device=self.local.device if online else None,
             )
         )
@@ -163,9 +165,10 @@ class Agent:
                 f"the run's method is '{manifest.method}' and this device's is "
                 f"'{self.local.setup.method}'; give this device the run's"
             )
-        elif manifest.layout != self.local.setup.layout.sha256:
+        elif manifest.layout != self.local.setup.layouts_sha256:
             self._fail(
-                "the run shares other tensors than this device; compare the method's settings"
+                "the run shares other tensors than this device; compare the method's settings and "
+                "the stages"
             )
         elif manifest.finished:  # with a task at hand, this device was away when it was told
             log.info("%s: the run '%s' is over; a new run takes a new name", self.id, self.run)
@@ -193,8 +196,9 @@ class Agent:
         if self._task is not None and _same(self._task, task):
             self._answer(now)  # what came of it was perhaps lost, here or at the aggregator
             return
-        if task.state is not None and task.state.bytes > self._most_state_bytes:
-            raise ProtocolError("size", f"a global state of {task.state.bytes} bytes is too large")
+        for ref, layout in self._needed(task):
+            if ref.bytes > max_blob_bytes(layout, "fp32"):
+                raise ProtocolError("size", f"a global state of {ref.bytes} bytes is too large")
         self._task = task
         self._result = self._upload = None
         if not self._working:
@@ -204,16 +208,41 @@ class Agent:
         task = self._task
         if task is None:
             return
-        if task.state is not None and (self._shared is None or self._shared[0] != task.state.blob):
-            if self._download is None or self._download.ref != task.state:
-                self._download = Download(task.state, now - SILENCE_SECONDS)
+        absent = next((ref for ref, _ in self._needed(task) if ref.blob not in self._held), None)
+        if absent is not None:
+            if self._download is None or self._download.ref != absent:
+                self._download = Download(absent, now - SILENCE_SECONDS)
             self._ask(now)
             return
         self._download = None
-        shared = self._shared[1] if task.state is not None and self._shared else None
+        states = self._states(task)
         downloaded, self._downloaded = self._downloaded, 0
         self._working = True
-        self._start_work(lambda: self.local.perform(task, shared, downloaded))
+        self._start_work(lambda: self.local.perform(task, states, downloaded))
+
+    def _needed(self, task: Task) -> list[tuple[StateRef, Layout]]:
+        """Return the global states that a task names, and what is in each."""
+        layouts = self.local.setup.layouts
+        named: list[tuple[StateRef | None, Stage]] = [
+            (task.state, task.stage),
+            (task.reward, "reward"),
+            (task.reference, "alignment"),
+        ]
+        return [(ref, layouts[stage]) for ref, stage in named if ref and stage in layouts]
+
+    def _states(self, task: Task) -> GlobalStates:
+        """Return a task's states; forget those that no task will name again."""
+        if task.state is not None:
+            self._newest[task.stage] = task.state.blob
+        kept = {ref.blob for ref, _ in self._needed(task)} | set(self._newest.values())
+        self._held = {blob: vector for blob, vector in self._held.items() if blob in kept}
+
+        def of(ref: StateRef | None) -> Vector | None:
+            return self._held[ref.blob] if ref is not None and ref.blob in self._held else None
+
+        return GlobalStates(
+            shared=of(task.state), reward=of(task.reward), reference=of(task.reference)
+        )
 
     def _ask(self, now: float) -> None:
         download = self._download
@@ -242,8 +271,11 @@ class Agent:
         self._install(download.ref, download.finish(), now)
 
     def _install(self, ref: StateRef, blob: bytes, now: float) -> None:
+        layout = self._layout_of(ref)
+        if layout is None:
+            return  # another task came in the meantime
         try:
-            header, vector = decode_blob(blob, self.local.setup.layout)
+            header, vector = decode_blob(blob, layout)
         except ProtocolError as err:  # its hash is right: to ask again would be of no use
             self._fail(f"the global state of round {ref.round} cannot be used: {err.reason}")
             return
@@ -253,11 +285,15 @@ class Agent:
                 f"of the run '{header.run}'"
             )
             return
-        self._shared = (ref.blob, vector)
+        self._held[ref.blob] = vector
         self._downloaded += wire_bytes(ref.bytes, ref.chunk_bytes)
         self._download = None
         if not self._working:
             self._begin(now)
+
+    def _layout_of(self, wanted: StateRef) -> Layout | None:
+        needed = self._needed(self._task) if self._task is not None else []
+        return next((layout for ref, layout in needed if ref == wanted), None)
 
     def worked(self, task: Task, result: Result, now: float) -> None:
         """Take the result of a finished task: upload its update, or report its figures."""
@@ -288,11 +324,13 @@ class Agent:
             client=self.id,
             session=self.session,
             round=task.round,
-            phase="evaluate" if task.work == "evaluate" else "train",
+            phase="train" if task.work == "train" else "evaluate",
             examples=result.examples,
             train_loss=result.train_loss,
             eval_loss=result.eval_loss,
             eval_accuracy=result.eval_accuracy,
+            pairs=result.pairs,
+            responses=result.responses,
             costs=result.costs,
         )
 
@@ -313,7 +351,7 @@ class Agent:
             chunk_bytes=setup.chunk_bytes,
             chunks=chunk_count(len(blob), setup.chunk_bytes),
             binding=self._binding,
-            layout=setup.own_layout(self.local.device.lora_count).sha256,
+            layout=setup.own_layout(task.stage, self.local.device.lora_count).sha256,
             codec=task.codec,
             costs=result.costs,
         )

@@ -25,17 +25,28 @@ from device_profiles.methods import Method, ModuleShape, held_tensors, shared_te
 from device_profiles.modules import BaseShape, adapter_tensors, first_lora_sites, lora_tensors
 from device_profiles.pricing import CostBasis
 from device_profiles.profile import Profile
+from device_profiles.reward_heads import HIDDEN, head_tensors
 from device_profiles.upload_policy import patient_upload
 from messaging.chunks import wire_bytes
 from messaging.codecs import max_blob_bytes
 from messaging.layout import Layout
-from messaging.protocol import Codec
+from messaging.protocol import Codec, Stage
 
 
 def method_layout(method: Method, modules: ModuleShape) -> Layout:
     """Return the allow-list of a run: the tensors that may travel, in order."""
     shared = shared_tensors(method, modules)
     return Layout.of((t.name, t.shape, t.bottleneck_axis) for t in shared)
+
+
+def stage_layout(stage: Stage, method: Method, modules: ModuleShape) -> Layout:
+    """Return the allow-list of a stage: of reward learning, the heads of the reward models."""
+    if stage != "reward":
+        return method_layout(method, modules)
+    heads = [
+        t for name in method.objectives for t in head_tensors(name, modules.base.width, HIDDEN)
+    ]
+    return Layout.of((t.name, t.shape, t.bottleneck_axis) for t in heads)
 
 
 def own_layout(layout: Layout, lora_count: int) -> Layout:
@@ -89,8 +100,8 @@ class CostModel:
         link: Link,
         chunk_bytes: int,
     ) -> None:
-        self._learned = method_layout(method, modules)
-        self._base, self._parameters, self._priced = modules.base, parameters, self._learned
+        self._method, self._learned = method, modules
+        self._base, self._parameters, self._priced = modules.base, parameters, modules
         if priced is not None:
             modules = ModuleShape(
                 base=priced.base,
@@ -99,38 +110,57 @@ class CostModel:
                 lora_rank=priced.lora_rank,
             )
             self._base, self._parameters = priced.base, priced.parameters
-            self._priced = method_layout(method, modules)
+            self._priced = modules
         self._trainable = trained_parameters(method, modules, lora_count)
         self._lora_count = lora_count
         self._profile = profile
         self._link = link
         self._chunk_bytes = chunk_bytes
 
-    def compute(self, tokens: int, rows: int) -> TimeAndEnergy:
-        """Return what training on ``tokens`` in ``rows`` examples takes, modelled."""
-        flops = tokens * training_flops_per_token(
-            self._parameters, self._trainable, self._base, tokens // rows
-        )
+    def compute(self, tokens: int, rows: int, read_tokens: int = 0) -> TimeAndEnergy:
+        """Return what a piece of training takes, modelled by its operations.
+
+        Args:
+            tokens: That were trained on.
+            rows: In so many examples.
+            read_tokens: That went forward only: drawn, scored, or looked at by a reward model.
+        """
+        flops = 2.0 * self._parameters * read_tokens
+        if tokens:
+            flops += tokens * training_flops_per_token(
+                self._parameters, self._trainable, self._base, tokens // rows
+            )
         return compute_cost(flops, self._profile.compute)
 
     def measured(self, seconds: float) -> TimeAndEnergy:
         """Return what a training took that was timed on the device itself."""
         return power_cost(seconds, self._profile.compute.watts, basis="measured")
 
+    def _layouts(self, stage: Stage) -> tuple[Layout, Layout]:
+        """Return what is sent at the shape that learns, and at the one that is priced."""
+        learned = stage_layout(stage, self._method, self._learned)
+        return learned, stage_layout(stage, self._method, self._priced)
+
     def uplink(
-        self, blob_bytes: int, codec: Codec, *, generator: np.random.Generator, wait_until: float
+        self,
+        stage: Stage,
+        blob_bytes: int,
+        codec: Codec,
+        *,
+        generator: np.random.Generator,
+        wait_until: float,
     ) -> Uplink:
         """Return what sending an update takes, modelled.
 
         Args:
+            stage: That it is of.
             blob_bytes: Of the update as it is sent here; priced, with the bits of the other shape.
             codec: It is in.
             generator: Of the channel.
             wait_until: Seconds that an upload may take which waits for good coherence blocks; 0
                 to send at once.
         """
-        priced = own_layout(self._priced, self._lora_count)
-        learned = own_layout(self._learned, self._lora_count)
+        learned, priced = (own_layout(x, self._lora_count) for x in self._layouts(stage))
         size = blob_bytes + max_blob_bytes(priced, codec) - max_blob_bytes(learned, codec)
         bits = 8 * wire_bytes(size, self._chunk_bytes)
         circuit_watts = self._profile.radio.circuit_watts
@@ -155,11 +185,12 @@ class CostModel:
             delivered=cost.delivered,
         )
 
-    def downlink(self, download_bytes: int) -> TimeAndEnergy:
+    def downlink(self, stage: Stage, download_bytes: int) -> TimeAndEnergy:
         """Return what receiving takes, in proportion at a priced shape, modelled."""
         if not download_bytes:
             return NOTHING
-        ratio = self._priced.size / self._learned.size
+        learned, priced = self._layouts(stage)
+        ratio = priced.size / learned.size
         return downlink_cost(
             8 * download_bytes * ratio, self._link, self._profile.radio.receive_watts
         )

@@ -18,10 +18,10 @@ from device_profiles.modules import (
 from device_profiles.profile import Profile
 from device_profiles.step_memory import base_bytes
 from device_profiles.step_model import StepShape
-from edge_client.costs import method_layout, own_layout
+from edge_client.costs import own_layout, stage_layout
 from edge_client.data.partition import Part
 from messaging.layout import Layout
-from messaging.protocol import Channel, DeviceRecord, Power, Precision, Preference
+from messaging.protocol import Channel, DeviceRecord, Power, Precision, Preference, Stage
 from quantization.identity import BaseIdentity
 
 
@@ -41,9 +41,9 @@ class Modules:
     placement: str
     rank: int | None
 
-    def layout(self) -> Layout:
-        """Return the allow-list: the tensors that may travel, in order."""
-        return method_layout(self.method, self.shape())
+    def layout(self, stage: Stage = "instruction") -> Layout:
+        """Return the allow-list of a stage: the tensors that may travel, in order."""
+        return stage_layout(stage, self.method, self.shape())
 
     def shape(self) -> ModuleShape:
         """Return the modules as plain values."""
@@ -93,6 +93,8 @@ def describe_device(
     lora_count: int,
     threads: int,
     helpfulness: float,
+    preference_pairs: int = 0,
+    scoring: str = "",
     precision: Precision = "fp32",
     costs: Literal["modelled", "measured"],
 ) -> DeviceRecord:
@@ -121,6 +123,8 @@ def describe_device(
             "base_bytes": held_bytes(modules.identity, precision),
             "examples": len(part.train),
             "held_out_examples": len(part.held_out),
+            "preference_pairs": preference_pairs,
+            "scoring": scoring,
             "categories": part.groups,
             "trainable_parameters": sum(t.size for t in tensors),
             "shared_parameters": own_layout(modules.layout(), len(sites)).size,

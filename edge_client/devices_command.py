@@ -1,7 +1,8 @@
 """The command ``devices plan``: what a device would do in a round, why, and every input of it.
 
-It and ``devices measure`` join ``device_profiles.cli.devices``. Nothing here needs torch: a plan is
-arithmetic on a profile and a job. Only ``--data`` loads a tokenizer, to count what a file holds.
+It and ``devices measure`` join ``device_profiles.cli.devices``. A plan is arithmetic on a profile
+and a job, and needs no torch: only ``--data`` loads a tokenizer, to count what a file holds, and
+``--this-machine`` measures where nothing was measured before.
 """
 
 from __future__ import annotations
@@ -35,13 +36,23 @@ from device_profiles.profile import Profile, catalog, find_profile
 from device_profiles.round_estimate import Job
 from device_profiles.step_model import StepShape
 from edge_client import measure_command
+from edge_client.machine_profile import THIS_MACHINE
 from edge_client.plan_page import plan_page
 
 __all__ = ["devices", "measure_command"]
 
+_QUICK_SECONDS = 2.0
+
 
 @devices.command("plan")
 @click.argument("profile", required=False, metavar="NAME[@MODE]|FILE.toml")
+@click.option(
+    "--this-machine",
+    "here",
+    is_flag=True,
+    help=f"The machine it runs on: by {THIS_MACHINE} of `pwff devices measure` if that is in the "
+    "current folder, else measured for two seconds.",
+)
 @click.option("--all", "everything", is_flag=True, help="Every device of the catalog in a table.")
 @click.option("--markdown", is_flag=True, help="With --all: the page docs/devices.md.")
 @click.option("--model", default="gpt2", metavar="gpt2|mini|PATH", help="The base (gpt2).")
@@ -63,6 +74,7 @@ __all__ = ["devices", "measure_command"]
 def plan_command(
     *,
     profile: str | None,
+    here: bool,
     everything: bool,
     markdown: bool,
     model: str,
@@ -79,8 +91,10 @@ def plan_command(
     limit binds; memory, seconds and joules, modelled. Without options the job is the reference job
     by which devices are compared.
     """
-    if everything == (profile is not None):
-        raise InputError("name one device, or give --all for the whole catalog")
+    if [everything, here, profile is not None].count(True) != 1:
+        raise InputError(
+            "name one device, or give --all for the whole catalog, or --this-machine; one of them"
+        )
     if channel not in ("paper", "profile"):
         raise InputError(f"--channel = '{channel}'; choose paper or profile")
     job = _job(model, **job_options)
@@ -89,7 +103,10 @@ def plan_command(
         energy_joules=REFERENCE_BUDGET.energy_joules if energy is None else energy,
     )
     link = PAPER_LINK if channel == "paper" else None
-    chosen = [*catalog().values()] if everything else [find_profile(profile or "")]
+    if here:
+        chosen = [_this_machine()]
+    else:
+        chosen = [*catalog().values()] if everything else [find_profile(profile or "")]
     if precision not in (None, "auto"):
         chosen = [_only(p, precision or "") for p in chosen]
     if not everything:
@@ -103,6 +120,24 @@ def plan_command(
         click.echo(plan_page(plans, job, budget), nl=False)
     else:
         _table_of(plans)
+
+
+def _this_machine() -> Profile:
+    """Return what was measured of this machine, or measure it; say on stderr which."""
+    if THIS_MACHINE.exists():
+        profile = find_profile(str(THIS_MACHINE))
+        click.echo(
+            f"By {THIS_MACHINE}: {profile.sources.get('compute.flops', 'no source stated')}.",
+            err=True,
+        )
+        return profile
+    profile, _ = measure_command.this_machine(seconds=_QUICK_SECONDS)
+    click.echo(
+        f"There is no {THIS_MACHINE} in this folder: measured on the spot for {_QUICK_SECONDS:g} s."
+        " Longer, and for the next time: pwff devices measure",
+        err=True,
+    )
+    return profile
 
 
 def _try(profile: Profile, job: Job, budget: Budget, link: Any) -> Plan | str:

@@ -54,6 +54,7 @@ PACKAGES: dict[str, dict[str, str]] = {
     "hub": {"datasets": ">=3.0"},
     "quantized": {"bitsandbytes": ">=0.46"},
     "onnx": {"onnxruntime": ">=1.20", "optimum-onnx": ">=0.1.0", "optimum": ">=2.1"},
+    "endpoint": {"httpx": ">=0.27", "tenacity": ">=9.0"},
     "ray": {"ray": ">=2.40"},
     "broker": {"iotcore": ">=0.4"},
 }
@@ -65,15 +66,16 @@ TRIED = {
     "fp32 cuda": ("edge", False),
     "bf16 cpu": ("edge", False),
     "bf16 cuda": ("edge", False),
-    "int8 cpu": ("quantized", False),
-    "int8 cuda": ("quantized", False),
-    "nf4 cpu": ("quantized", False),
-    "nf4 cuda": ("quantized", False),
+    "int8 cpu": ("edge", False),
+    "int8 cuda": ("edge", False),
+    "int8-dynamic cpu": ("edge", False),
+    "nf4 cpu": ("edge", False),
+    "nf4 cuda": ("edge", False),
     "onnx": ("onnx", False),
 }
 _OTHER_BUILD = "install packages built for this processor: pip install --upgrade 'pwff[edge]'"
 _MODULES = {"paho-mqtt": "paho", "scikit-learn": "sklearn", "optimum-onnx": "optimum"}
-_TRAINS = "this version trains in fp32 on the CPU only, whatever else runs here"
+_TRAINS = "runs train on the CPU, on a base in any precision below that runs there (--precision)"
 _HUB_MODEL = "gpt2"
 _HUB_SECONDS = 5.0
 _MESSAGE_SECONDS = 10.0

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from device_profiles.config_files import check
 from device_profiles.profile import Profile
 from edge_client.measure import Speed
 from edge_client.preflight import FreeMemory
+
+#: Where `devices measure` writes, and `devices plan --this-machine` looks: in the current folder.
+THIS_MACHINE = Path("this-machine.toml")
 
 _PAPER_RADIO = {"snr_db": 5.0, "bandwidth_hz": 1e6, "transmit_watts": 1.0}
 _ASSUMED_WATTS, _ASSUMED_WATTS_A_THREAD = 10.0, 8.0

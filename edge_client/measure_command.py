@@ -20,7 +20,13 @@ from rich.console import Console
 from device_profiles.cli import devices, figures, for_scripts, with_unit
 from device_profiles.errors import InputError
 from device_profiles.profile import Profile, write_profile
-from edge_client.machine_profile import PowerFigures, known_power, machine_profile, profile_name
+from edge_client.machine_profile import (
+    THIS_MACHINE,
+    PowerFigures,
+    known_power,
+    machine_profile,
+    profile_name,
+)
 from edge_client.measure import Speed, measure_speed
 from edge_client.power import RAPL_FOLDER, Metered, find_meter
 from edge_client.preflight import free_memory
@@ -33,7 +39,13 @@ _TRAINED = ("fp32", "bf16", "int8", "nf4")
 
 @devices.command("measure")
 @click.option("--name", metavar="NAME", help="Of the profile (this machine's).")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.toml", help="Write it there.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=THIS_MACHINE,
+    metavar="FILE.toml",
+    help=f"Write it there ({THIS_MACHINE}, where `pwff devices plan --this-machine` looks).",
+)
 @click.option("--seconds", type=float, default=10.0, help="About so long (10).")
 @click.option("--threads", type=int, metavar="N", help="Of the processor (all).")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda", help="What computes (auto).")
@@ -46,7 +58,7 @@ _TRAINED = ("fp32", "bf16", "int8", "nf4")
 def measure_command(
     *,
     name: str | None,
-    out: Path | None,
+    out: Path,
     seconds: float,
     threads: int | None,
     device: str,
@@ -63,7 +75,7 @@ def measure_command(
     """
     if not 0 < seconds <= 3600:
         raise InputError(f"--seconds = {seconds:g}; give more than 0, and 3600 at most")
-    if out is not None and out.suffix != ".toml":
+    if out.suffix != ".toml":
         raise InputError(f"--out = '{out}'; a profile's file ends in .toml")
     console = Console(markup=False, highlight=False, stderr=as_json)
     with console.status("measuring this machine"):
@@ -76,8 +88,7 @@ def measure_command(
             idle_watts=idle_watts,
             radio={key: value for key, value in radio.items() if value is not None},
         )
-    if out is not None:
-        write_profile(profile, out)
+    write_profile(profile, out)
     if as_json:
         timings = dataclasses.asdict(speed)
         click.echo(json.dumps({"profile": for_scripts(profile), "timings": timings}, indent=2))
@@ -193,7 +204,7 @@ def _backends() -> tuple[str, ...]:
     return ("cpu", *(name for name, there in here.items() if there))
 
 
-def _report(profile: Profile, speed: Speed, out: Path | None) -> list[str]:
+def _report(profile: Profile, speed: Speed, out: Path) -> list[str]:
     """Return what was measured, a line each."""
     shown: dict[str, Any] = figures(profile)
     lines = [f"{profile.name}: {profile.title}"]
@@ -208,8 +219,6 @@ def _report(profile: Profile, speed: Speed, out: Path | None) -> list[str]:
             f"{step.predicted_seconds:.3g} s ({step.predicted_seconds / step.seconds:.2f} times)."
         )
     lines.append(f"Copy: {with_unit(profile.memory.bandwidth, 'B/s')}.")
-    if out is None:
-        lines.append("Nothing was written: give --out FILE.toml, then pwff devices plan FILE.toml.")
-    else:
-        lines.append(f"Written to {out}. What it could do: pwff devices plan {out}")
+    found = "--this-machine" if out == THIS_MACHINE else out
+    lines.append(f"Written to {out}. What it could do: pwff devices plan {found}")
     return lines

@@ -13,6 +13,7 @@ from pathlib import Path
 from device_profiles.errors import InputError
 from device_profiles.step_memory import StepMemory, evaluation_memory, in_process, training_memory
 from device_profiles.step_model import Pass, StepShape
+from quantization.identity import BaseIdentity
 
 
 class NotEnoughMemoryError(InputError):
@@ -78,6 +79,21 @@ def client_memory(
     training = training_memory(shape, lora_count, pass_, precision=precision, checkpoint=checkpoint)
     held_out = evaluation_memory(shape, lora_count, pass_, precision=precision)
     return max(map(in_process, (training, held_out)), key=lambda memory: memory.total)
+
+
+def step_shape(
+    identity: BaseIdentity, heads: int, *, adapter_size: int, placement: str, lora_rank: int
+) -> StepShape:
+    """Return a base and the modules on it, as predictions take them."""
+    return StepShape(
+        base=identity.shape,
+        heads=heads,
+        vocabulary=identity.vocabulary,
+        positions=identity.positions,
+        adapter_size=adapter_size,
+        placement=placement,
+        lora_rank=lora_rank,
+    )
 
 
 def fleet_bytes(worker: StepMemory, workers: int, precision: str) -> int:

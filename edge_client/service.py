@@ -13,23 +13,32 @@ from device_profiles.channel import PAPER_LINK, profile_link
 from device_profiles.config_files import Config, load
 from device_profiles.errors import InputError
 from device_profiles.fleet import check_lora_count, lora_count_of
-from device_profiles.methods import find_method
+from device_profiles.methods import Objective, find_method
 from device_profiles.planning import planned_precision
 from device_profiles.profile import find_profile
+from device_profiles.stages import parse_stages
 from edge_client.data.instructions import load_instructions
+from edge_client.data.own_data import Preferences, load_sources
 from edge_client.data.partition import partition
-from edge_client.device_record import Modules, describe_device
+from edge_client.device_record import Modules, describe_device, held_bytes
 from edge_client.host import Host
 from edge_client.local_client import LocalClient, Setup
 from edge_client.peft.packed_model import PackedModel
+from edge_client.preflight import check_memory, client_memory, free_memory, step_shape
+from edge_client.reward.reference import scoring
+from edge_client.works import build_works, load_judging
 from messaging.chunks import CHUNK_BYTES
 from messaging.mqtt import MqttNetwork
-from messaging.protocol import Identifier
+from messaging.protocol import DeviceRecord, Identifier
 from quantization.base_model import set_threads
+from quantization.checkpoint import look_through
 from quantization.frozen_gpt2 import load_frozen
 from quantization.identity import BaseIdentity, binding, identify
 
 log = logging.getLogger(__name__)
+
+#: What an aggregator asks for if it says nothing else.
+_USUAL_BATCH, _USUAL_LENGTH = 4, 256
 
 
 class Client(Config):
@@ -44,6 +53,11 @@ class Client(Config):
         precision: Of the frozen base; ``auto`` is what the device's plan says.
         lora_count: 12 to 36, instead of the profile's.
         method: The run's: which modules train here, and which of them travel.
+        stages: The run's.
+        helpfulness_data: Preference pairs of that objective, ``kit`` or a file, where the run
+            learns reward models; ``harmlessness_data`` likewise.
+        prompts: That alignment answers, ``kit`` or a file; by default the pairs' own.
+        trunk_precision: The run's: of the bare base whose hidden states reward models read.
         held_out_share: Of the device's examples, where the data does not say itself.
         helpfulness: The user's preference; harmlessness has the rest.
         threads: Processor threads.
@@ -57,6 +71,11 @@ class Client(Config):
     data: str
     model: str = "mini"
     method: str = "pwff"
+    stages: str = "instruction"
+    helpfulness_data: str | None = None
+    harmlessness_data: str | None = None
+    prompts: str | None = None
+    trunk_precision: Literal["fp32", "bf16", "int8", "nf4"] = "int8"
     placement: str = "qkv"
     adapter_size: Annotated[int, Field(ge=1, le=4096)] = 10
     precision: Literal["auto", "fp32", "bf16", "int8", "int8-dynamic", "nf4"] = "auto"
@@ -77,7 +96,7 @@ def load_client(path: Path) -> Client:
         InputError: Naming file, key, value and remedy.
     """
     client = load(Client, path)
-    find_method(client.method)
+    parse_stages(client.stages, find_method(client.method))
     if client.lora_count is not None:
         check_lora_count(client.lora_count, f"{path}: lora_count")
     return client
@@ -131,6 +150,8 @@ def _local_client(client: Client, identity: BaseIdentity) -> LocalClient:
         held_out_share=client.held_out_share,
         seed=client.seed,
     )
+    preferences = _preferences(client)
+    (own,) = preferences.divide(clients=1, held_out_share=client.held_out_share, seed=client.seed)
     link = PAPER_LINK if client.channel == "paper" else profile_link(profile.radio)
     device = describe_device(
         modules,
@@ -141,9 +162,12 @@ def _local_client(client: Client, identity: BaseIdentity) -> LocalClient:
         lora_count=client.lora_count or modules.lora_count(lora_count_of(profile, None)),
         threads=client.threads,
         helpfulness=client.helpfulness,
+        preference_pairs=own.training_pairs,
+        scoring=scoring(client.trunk_precision) if own.train else "",
         precision=planned_precision(profile) if client.precision == "auto" else client.precision,
         costs="measured",
     )
+    _check_memory(client, identity, device)
     model = PackedModel(
         load_frozen(identity, device.precision),
         adapter_size=device.adapter_size,
@@ -151,21 +175,90 @@ def _local_client(client: Client, identity: BaseIdentity) -> LocalClient:
         lora_count=device.lora_count,
         lora_rank=device.lora_rank,
     )
+    setup = Setup(
+        run=client.run,
+        method=client.method,
+        layouts={stage: modules.layout(stage) for stage in parse_stages(client.stages, method)},
+        placement=client.placement,
+        adapter_size=client.adapter_size,
+        lora_rank=device.lora_rank,
+        chunk_bytes=client.chunk_bytes,
+    )
+    data = preferences.own(
+        own,
+        [dataset.examples[i] for i in part.train],
+        [dataset.examples[i] for i in part.held_out],
+    )
+    folder = client.folder.expanduser() / client.run
+    judging = load_judging(identity, client.trunk_precision, model.base) if own.train else None
     return LocalClient(
-        Setup(
-            run=client.run,
-            method=client.method,
-            layout=modules.layout(),
-            placement=client.placement,
-            adapter_size=client.adapter_size,
-            lora_rank=device.lora_rank,
-            chunk_bytes=client.chunk_bytes,
-        ),
-        model,
+        setup,
+        build_works(setup, model, device, data, judging=judging, folder=folder),
+        base=identity,
         device=device,
         profile=profile,
         link=link,
-        train_examples=[dataset.examples[i] for i in part.train],
-        held_out=[dataset.examples[i] for i in part.held_out],
-        folder=client.folder.expanduser() / client.run,
+        folder=folder,
     )
+
+
+def _check_memory(client: Client, identity: BaseIdentity, device: DeviceRecord) -> None:
+    """Refuse, before the base is loaded, a device that the system would stop for its memory.
+
+    Raises:
+        NotEnoughMemoryError: If training on a usual batch would take more than is free.
+    """
+    shape = step_shape(
+        identity,
+        look_through(identity).heads,
+        adapter_size=device.adapter_size,
+        placement=client.placement,
+        lora_rank=device.lora_rank,
+    )
+    precision = device.precision.removesuffix("-dynamic")
+    usual = client_memory(
+        shape,
+        device.lora_count,
+        batch_size=_USUAL_BATCH,
+        max_length=_USUAL_LENGTH,
+        precision=precision,
+    )
+    other = device.scoring and client.trunk_precision != device.precision
+    trunk = held_bytes(identity, client.trunk_precision) if other else 0
+    check_memory(
+        usual.total + trunk,
+        free_memory(),
+        what=f"training on {_USUAL_BATCH} examples of {_USUAL_LENGTH} tokens",
+        remedies=[
+            "give precision = 'int8' or 'nf4'",
+            "a smaller lora_count",
+            "free memory on this device",
+        ],
+    )
+
+
+def _preferences(client: Client) -> Preferences:
+    """Return the device's own preference data.
+
+    Raises:
+        InputError: If the run learns reward models, and an objective of its method has no data.
+    """
+    method = find_method(client.method)
+    if "reward" not in parse_stages(client.stages, method):
+        return load_sources({}, None, seed=client.seed)
+    given = {"helpfulness": client.helpfulness_data, "harmlessness": client.harmlessness_data}
+    sources: dict[Objective, str] = {}
+    for name in method.objectives:
+        source = given[name]
+        if source is None:
+            raise InputError(
+                f"{name}_data is not given, and the run learns a reward model of {name}; give "
+                "'kit', a file of pairs (`pwff prefer` makes one), or leave 'reward' and "
+                "'alignment' out of stages"
+            )
+        sources[name] = source
+    preferences = load_sources(sources, client.prompts, seed=client.seed)
+    for name, data in preferences.sets.items():
+        for line, reason in data.broken:
+            log.warning("%s_data: line %d left out: %s", name, line, reason)
+    return preferences

@@ -1,8 +1,9 @@
 """What a device keeps between rounds, on its own disk: the part that never leaves it.
 
-LoRA (and adapters, where the method shares none), optimiser moments, and the error that lossy
-uploads left behind. One safetensors file a round, written atomically; the two newest are kept, so
-that a round that is asked for again starts from the state before it.
+LoRA (and adapters, where the method shares none), optimiser moments, what a stage needs besides
+(critics, say), and the error that lossy uploads left behind. One safetensors file a round, written
+atomically; the two newest are kept, so that a round that is asked for again starts from the state
+before it. Once alignment has begun, the policy of stage 1 is there too.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from device_profiles.errors import InputError
 from messaging.layout import Tensors, Vector
-from messaging.protocol import Outcome
+from messaging.protocol import Outcome, Stage
 
 _KEPT = 2
+_REFERENCE = "stage-1.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,21 +32,37 @@ class ClientState:
 
     Attributes:
         round: Last round that the device trained.
+        stage: That the round was of.
         personal: Tensors that never leave the device.
         first_moments: Adam's, by tensor name; also of shared tensors.
         second_moments: Likewise.
         steps: Optimiser steps taken so far.
         residual: What lossy uploads left out so far, packed. Shape (layout size,) or none.
         pending: The residual to use instead once the update of ``round`` was aggregated.
+        extra: Tensors that a stage keeps besides.
+        numbers: Figures that it keeps.
     """
 
     round: int
+    stage: Stage = "instruction"
     personal: Tensors
     first_moments: Tensors = field(default_factory=dict)
     second_moments: Tensors = field(default_factory=dict)
     steps: int = 0
     residual: Vector | None = None
     pending: Vector | None = None
+    extra: Tensors = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+def entering(state: ClientState, stage: Stage) -> ClientState:
+    """Return what a device begins a stage with: its modules, and nothing of how they were learned.
+
+    Moments and residuals are of what the stage before it made smaller.
+    """
+    if state.stage == stage:
+        return state
+    return ClientState(round=state.round, stage=stage, personal=state.personal)
 
 
 def settled(state: ClientState, outcome: Outcome) -> ClientState:
@@ -84,7 +102,7 @@ class StateStore:
             InputError: If the file is damaged.
         """
         path = self._path(round_)
-        groups: dict[str, Tensors] = {"personal": {}, "m": {}, "v": {}, "vector": {}}
+        groups: dict[str, Tensors] = {n: {} for n in ("personal", "m", "v", "vector", "extra")}
         try:
             with safe_open(path, "np") as file:
                 meta = json.loads(file.metadata()["pwff"])
@@ -93,32 +111,73 @@ class StateStore:
                     groups[group][name] = file.get_tensor(key)
             return ClientState(
                 round=meta["round"],
+                stage=meta["stage"],
                 personal=groups["personal"],
                 first_moments=groups["m"],
                 second_moments=groups["v"],
                 steps=meta["steps"],
                 residual=groups["vector"].get("residual"),
                 pending=groups["vector"].get("pending"),
+                extra=groups["extra"],
+                numbers=meta["numbers"],
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as err:
             raise InputError(
                 f"{path} is damaged; remove it to go on from the round before"
             ) from err
 
+    def reference(self) -> Vector | None:
+        """Return the stage-1 policy, all of it, if it has been kept. Shape (size,).
+
+        Raises:
+            InputError: If the file is damaged.
+        """
+        path = self.folder / _REFERENCE
+        if not path.exists():
+            return None
+        try:
+            vector: Vector = load_file(path)["values"]
+        except (OSError, SafetensorError, KeyError) as err:
+            raise InputError(
+                f"{path} is damaged: without the policy of stage 1 alignment cannot go on; start a "
+                "new run"
+            ) from err
+        return vector
+
+    def keep_reference(self, vector: Vector) -> None:
+        """Write the stage-1 policy, atomically: alignment is held to it until the run is over."""
+        self._write(self.folder / _REFERENCE, {"values": vector}, {})
+
     def save(self, state: ClientState) -> None:
         """Write a state atomically; keep it and the one before, drop all others.
 
-        A state of a later round is of a course that is being done again from here.
+        A state of a later round is of a course that is being done again from here; so is a policy
+        of stage 1 that was kept before another stage ended.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         arrays = {f"personal/{n}": t for n, t in state.personal.items()}
         arrays |= {f"m/{n}": t for n, t in state.first_moments.items()}
         arrays |= {f"v/{n}": t for n, t in state.second_moments.items()}
+        arrays |= {f"extra/{n}": t for n, t in state.extra.items()}
         for name in ("residual", "pending"):
             vector = getattr(state, name)
             if vector is not None:
                 arrays[f"vector/{name}"] = vector
-        meta = {"pwff": json.dumps({"round": state.round, "steps": state.steps})}
+        said = {
+            "round": state.round,
+            "stage": state.stage,
+            "steps": state.steps,
+            "numbers": state.numbers,
+        }
+        meta = {"pwff": json.dumps(said)}
+        self._write(self._path(state.round), arrays, meta)
+        kept = [r for r in self.rounds() if r <= state.round][-_KEPT:]
+        for other in set(self.rounds()) - set(kept):
+            self._path(other).unlink()
+        if state.stage != "alignment":
+            (self.folder / _REFERENCE).unlink(missing_ok=True)
+
+    def _write(self, path: Path, arrays: Tensors, meta: dict[str, str]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".state.", dir=self.folder)
         os.close(handle)
         new = Path(name)
@@ -126,10 +185,7 @@ class StateStore:
             save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, new, metadata=meta)
             with new.open("rb") as file:
                 os.fsync(file.fileno())
-            new.replace(self._path(state.round))
+            new.replace(path)
         except BaseException:
             new.unlink(missing_ok=True)
             raise
-        kept = [r for r in self.rounds() if r <= state.round][-_KEPT:]
-        for other in set(self.rounds()) - set(kept):
-            self._path(other).unlink()

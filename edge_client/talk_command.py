@@ -20,6 +20,7 @@ from edge_client.inference.sampling import Sampling
 
 INTERRUPTED = 130
 _DEFAULTS = Sampling()
+_TEMPERATURE = "0 takes the likeliest token every time."
 _SAID = {
     "length": "[the answer is longer: --max-tokens]",
     "context": "[the model can read no more]",
@@ -29,8 +30,12 @@ _SAID = {
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _model_options(function: Function) -> Function:
-    """Add what both commands take: the model, and how an answer is drawn."""
+def model_options(temperature: str) -> Callable[[Function], Function]:
+    """Return what adds the options of every command that a model answers in.
+
+    Args:
+        temperature: What its help says of that option: not every command can draw at 0.
+    """
     options = [
         click.argument("model", type=click.Path(path_type=Path)),
         click.option("--client", metavar="ID", help="If MODEL is a run: whose model."),
@@ -44,16 +49,20 @@ def _model_options(function: Function) -> Function:
         click.option(
             "--threads", type=click.IntRange(min=1), metavar="N", help="Processor threads."
         ),
-        _setting("temperature", float, "0 takes the likeliest token every time."),
+        _setting("temperature", float, temperature),
         _setting("top_k", int, "Only so many of the likeliest tokens; 0 for all."),
         _setting("top_p", float, "Only the likeliest tokens that together reach this."),
         _setting("repetition_penalty", float, "Above 1 makes repetition unlikelier."),
         _setting("max_tokens", int, "An answer's length at most."),
         _setting("seed", int, "The same seed gives the same answer."),
     ]  # fmt: skip
-    for option in reversed(options):
-        function = option(function)
-    return function
+
+    def add(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
 
 
 def _setting(name: str, kind: type, text: str) -> Callable[[Function], Function]:
@@ -63,7 +72,7 @@ def _setting(name: str, kind: type, text: str) -> Callable[[Function], Function]
 
 
 @click.command()
-@_model_options
+@model_options(_TEMPERATURE)
 @click.option("--prompt", "instruction", metavar="TEXT", help="The instruction.")
 @click.option(
     "--file", type=click.Path(path_type=Path), metavar="FILE", help="The instruction, in a file."
@@ -136,7 +145,7 @@ def _end(given: Answer) -> None:
 
 
 @click.command()
-@_model_options
+@model_options(_TEMPERATURE)
 @click.option(
     "--history", type=int, default=0, show_default=True,
     help="Earlier turns put before a question; the models are tuned on none.",

@@ -1,7 +1,8 @@
-"""What runs on this machine, found out by running it: kernels forward and backward, a base, ONNX.
+"""What runs on this machine, found out by running it: precisions of the base, a base, ONNX.
 
-Each kernel is held against float64 on the CPU. Trials run in a process of their own: a kernel that
-was built for another processor raises nothing, it kills.
+A precision runs if a backend holds a small matrix and multiplies by it both ways as float64 does
+(``quantization.precision``). Trials run in a process of their own: a kernel that was built for
+another processor raises nothing, it kills.
 """
 
 from __future__ import annotations
@@ -24,14 +25,18 @@ from typing import Any, Literal
 import numpy as np
 
 from device_profiles.modules import lora_rank
-from device_profiles.seeds import stream
 from edge_client.data.instructions import KIT, load_instructions
 from quantization.identity import MINI, identify
 
-_ROWS, _INPUTS, _OUTPUTS = 8, 64, 48
-#: Relative error of a product or gradient at most; a GPU may multiply fp32 as TF32.
-ERRORS = {"fp32": 1e-3, "bf16": 0.02, "int8": 0.03, "nf4": 0.2}
-_TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+#: What may run on which device; the activations that int8-dynamic rounds are the CPU's.
+TRIED_ON = {
+    "fp32": ("cpu", "cuda"),
+    "bf16": ("cpu", "cuda"),
+    "int8": ("cpu", "cuda"),
+    "int8-dynamic": ("cpu",),
+    "nf4": ("cpu", "cuda"),
+}
+_ONNX_ERROR = 1e-3  # relative, of logits
 _ADAPTER_SIZE, _LORA_COUNT = 10, 12
 _BLIND_SHARE = 0.9  # a base that has learnt nothing loses about what a blind guess loses
 _LEAVE_SECONDS = 5.0
@@ -45,6 +50,10 @@ class AbsentError(Exception):
 
 class WrongNumbersError(Exception):
     """It ran, and gave wrong numbers."""
+
+
+class NoBackendError(Exception):
+    """None of the backends of a precision runs; it says why each does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +123,15 @@ def _work(trials: Mapping[str, Trial], send: Connection) -> None:
         except AbsentError as err:
             outcome = Outcome(name=name, state="absent", words=str(err))
         except Exception as err:
-            kind = "" if isinstance(err, WrongNumbersError) else f"{type(err).__name__}: "
-            line = (str(err).strip().splitlines() or [""])[0][:200]
-            outcome = Outcome(name=name, state="fails", words=f"{kind}{line}")
+            outcome = Outcome(name=name, state="fails", words=in_words(err))
         send.send(outcome)
+
+
+def in_words(err: Exception) -> str:
+    """Return the first line of an error, behind its name where that is not this module's."""
+    told = isinstance(err, WrongNumbersError | NoBackendError)
+    line = (str(err).strip().splitlines() or [""])[0][:200]
+    return line if told else f"{type(err).__name__}: {line}"
 
 
 def relative_error(found: Any, expected: Any) -> float:
@@ -126,61 +140,29 @@ def relative_error(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def try_kernel(precision: str, device: str) -> str:
-    """Multiply by a frozen matrix at a precision, forward and backward to the input.
+def try_precision(precision: str, device: str) -> str:
+    """Let the backends of a precision hold a matrix and multiply by it, forward and backward.
 
     Args:
-        precision: ``fp32`` and ``bf16`` are torch's; ``int8`` and ``nf4`` are bitsandbytes'.
+        precision: Of ``quantization.precision.PRECISIONS``.
         device: ``cpu`` or ``cuda``.
 
     Raises:
         AbsentError: If there is no such device.
-        WrongNumbersError: If product or gradient are off by more than ``ERRORS`` allows.
+        NoBackendError: If no backend gives the right numbers.
     """
     import torch
 
+    from quantization.precision import available
+
     if device == "cuda" and not torch.cuda.is_available():
         raise AbsentError("torch sees no GPU")
-    draw = stream(0, "trial").standard_normal
-    x, weight = draw((_ROWS, _INPUTS)), draw((_OUTPUTS, _INPUTS)) / math.sqrt(_INPUTS)
-    slope = draw((_ROWS, _OUTPUTS))  # of a loss, sum(slope * product)
-    dtype = getattr(torch, _TORCH_NAMES.get(precision, "float32"))
-    layer = _layer(precision, torch.tensor(weight, dtype=torch.float32)).to(device)
-    if precision in _TORCH_NAMES:
-        layer = layer.to(dtype)
-    layer.requires_grad_(False)
-    given = torch.tensor(x, dtype=dtype, device=device, requires_grad=True)
-    product = layer(given)  # (rows, outputs)
-    product.backward(torch.tensor(slope, dtype=product.dtype, device=device))
-    if given.grad is None:
-        raise WrongNumbersError("the gradient does not reach the input")
-    errors = [
-        relative_error(product.detach().float().cpu().numpy(), x @ weight.T),
-        relative_error(given.grad.float().cpu().numpy(), slope @ weight),
-    ]
-    bound = ERRORS[precision]
-    words = f"relative error of the product {errors[0]:.1e}, of the gradient {errors[1]:.1e}"
-    if not all(error <= bound for error in errors):
-        raise WrongNumbersError(f"wrong numbers: {words}, at most {bound:g}")
+    found = available(device)[precision]
+    if found.backend is None:
+        raise NoBackendError(found.words)
     where = torch.cuda.get_device_name(0) if device == "cuda" else "CPU"
-    return f"{where}: forward and backward run, {words}"
-
-
-def _layer(precision: str, weight: Any) -> Any:
-    """Return a linear layer without bias that holds ``weight`` (outputs, inputs), on the CPU."""
-    import torch
-
-    if precision in _TORCH_NAMES:
-        layer: Any = torch.nn.Linear(_INPUTS, _OUTPUTS, bias=False)
-    else:
-        import bitsandbytes as bnb
-
-        if precision == "int8":
-            layer = bnb.nn.Linear8bitLt(_INPUTS, _OUTPUTS, bias=False, has_fp16_weights=False)
-        else:
-            layer = bnb.nn.Linear4bit(_INPUTS, _OUTPUTS, bias=False, quant_type="nf4")
-    layer.load_state_dict({"weight": weight})
-    return layer
+    others = f" (not by {found.words})" if found.words else ""
+    return f"{where}: forward and backward run by {found.backend}{others}"
 
 
 def try_base(name: str) -> str:
@@ -251,7 +233,7 @@ def try_onnx() -> str:
     with torch.inference_mode():
         expected = model(torch.from_numpy(places)).logits.numpy()
     error = relative_error(found, expected)
-    if not error <= ERRORS["fp32"]:
+    if not error <= _ONNX_ERROR:
         raise WrongNumbersError(f"wrong numbers: relative error {error:.1e}")
     return f"a GPT-2 is exported and runs in ONNX Runtime, relative error {error:.1e}"
 
@@ -259,9 +241,9 @@ def try_onnx() -> str:
 #: By name: a precision and a device, or what else is tried.
 TRIALS: dict[str, Trial] = {
     **{
-        f"{precision} {device}": partial(try_kernel, precision, device)
-        for precision in ERRORS
-        for device in ("cpu", "cuda")
+        f"{precision} {device}": partial(try_precision, precision, device)
+        for precision, devices in TRIED_ON.items()
+        for device in devices
     },
     "base": partial(try_base, MINI),
     "onnx": try_onnx,

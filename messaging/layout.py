@@ -121,3 +121,11 @@ class Layout:
             tensors[spec.name] = vector[start : start + spec.size].reshape(spec.shape)
             start += spec.size
         return tensors
+
+
+def joint_sha256(layouts: Iterable[Layout]) -> str:
+    """Return the hash of what a run shares in its stages: of one layout, that layout's own."""
+    hashes = [layout.sha256 for layout in layouts]
+    if len(set(hashes)) == 1:
+        return hashes[0]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

@@ -36,7 +36,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Round = Annotated[int, Field(ge=0, le=1_000_000)]
 Bitmap = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$", max_length=MAX_CHUNKS // 4)]
 Category = Annotated[str, Field(max_length=200)]
+Score = Annotated[float, Field(ge=-1e6, le=1e6)]
 Stage = Literal["instruction", "reward", "alignment"]
+Objective = Literal["helpfulness", "harmlessness"]
 Precision = Literal["fp32", "bf16", "int8", "int8-dynamic", "nf4"]
 Codec = Literal["fp32", "fp16", "int8", "int4"]
 Outcome = Literal["aggregated", "late", "lost", "rejected", "skipped", "none"]
@@ -90,7 +92,11 @@ class Power(Record):
 
 
 class DeviceRecord(Record):
-    """What a device says of itself; it becomes the client's entry in ``run.json``."""
+    """What a device says of itself; it becomes the client's entry in ``run.json``.
+
+    ``scoring`` names what reward models read and are scaled by: the trunk's precision, and the hash
+    of the reference set. It is the same on every device of a run, and empty without reward models.
+    """
 
     id: Identifier
     profile: Identifier
@@ -105,10 +111,12 @@ class DeviceRecord(Record):
     base_bytes: Count
     examples: Count
     held_out_examples: Count
+    preference_pairs: Count = 0
     categories: Annotated[dict[Category, Count], Field(max_length=64)]
     trainable_parameters: Count
     shared_parameters: Count
     preference: Preference
+    scoring: Annotated[str, Field(max_length=100)] = ""
     channel: Channel
     power: Power = Power()
     costs: Literal["modelled", "measured"]
@@ -134,6 +142,70 @@ class Costs(Record):
     uplink_circuit_joules: Amount = 0.0
     uplink_joules_saved: Annotated[float, Field(ge=-1e15, le=1e15)] = 0.0
     lost: bool = False
+
+
+class PairFigures(Record):
+    """Held-out results of a reward model on a client's own preference pairs.
+
+    Attributes:
+        loss: Bradley-Terry's, nats a pair.
+        accuracy: Share of the pairs whose chosen side scores higher; a tie counts one half.
+        longer_wins: The same of the rule that the longer response is the better one.
+        calibration_error: Expected calibration error of the predicted preference.
+    """
+
+    pairs: Count
+    loss: Loss
+    accuracy: Share
+    longer_wins: Share
+    calibration_error: Share
+
+
+class ResponseFigures(Record):
+    """Greedy responses to a client's own held-out prompts, scored without penalties.
+
+    Attributes:
+        scores: Mean re-centred score by objective.
+        tokens: Mean length, the end token not counted.
+        ended: Share of the responses that ended by themselves.
+        kl: Mean over the last round's rollouts of the summed per-token divergence from the stage-1
+            policy, nats, as ``log p - log p_reference`` of what was drawn; none before training.
+            Rollouts are drawn before the step that learns from them.
+        drift: The same sum over these greedy responses, under the policy as it is now: no
+            divergence, but what shows at once that it has gone far.
+    """
+
+    responses: Count
+    scores: dict[Objective, Score]
+    tokens: Amount
+    ended: Share
+    kl: Score | None = None
+    drift: Score = 0.0
+
+
+class AlignmentSettings(Record):
+    """How a device aligns its model.
+
+    Attributes:
+        algorithm: PPO, leave-one-out REINFORCE, or DPO on the device's own pairs.
+        rollouts: Prompts that are answered a step.
+        max_new_tokens: Of a response.
+        temperature: Rollouts are drawn at; old, new and reference probabilities are of it too.
+        kl_coefficient: What a nat of divergence costs at first.
+        kl_target: Nats that the coefficient is steered to; 0 keeps it as it is.
+        kl_limit: Mean nats of a step's rollouts beyond which a device takes no further step, and
+            of a round's beyond which the round is taken back.
+        held_out_prompts: Answered at most when results are measured.
+    """
+
+    algorithm: Literal["ppo", "rloo", "dpo"] = "ppo"
+    rollouts: Annotated[int, Field(ge=1, le=4096)] = 16
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 48
+    temperature: Annotated[float, Field(gt=0, le=10)] = 0.7
+    kl_coefficient: Annotated[float, Field(ge=0, le=100)] = 0.15
+    kl_target: Annotated[float, Field(ge=0, le=1000)] = 6.0
+    kl_limit: Annotated[float, Field(gt=0, le=1e6)] = 50.0
+    held_out_prompts: Annotated[int, Field(ge=1, le=10_000)] = 16
 
 
 class _Message(Record):
@@ -189,6 +261,8 @@ class Report(_FromDevice):
     train_loss: Loss | None = None
     eval_loss: Loss | None = None
     eval_accuracy: Share | None = None
+    pairs: dict[Objective, PairFigures] = {}
+    responses: ResponseFigures | None = None
     costs: Costs
 
 
@@ -215,6 +289,9 @@ class StateRef(Record):
 class Task(_Message):
     """One piece of work for one device: install ``state``, then train or evaluate, or stop.
 
+    To ``restore`` is to take ``state`` and the device's own part as it was before ``round`` for
+    what comes of that round, and to evaluate it. In alignment, ``reward`` names the reward models
+    to score by, and ``reference`` the shared part of the stage-1 policy.
     ``outcome`` says what became of the device's last update: of ``round`` when it evaluates, of the
     round before when it trains. ``upload_within_seconds`` of the round's beginning: above 0, the
     device may wait so long for a good channel.
@@ -222,10 +299,12 @@ class Task(_Message):
 
     kind: Literal["TASK"] = "TASK"
     client: Identifier
-    work: Literal["train", "evaluate", "stop"]
+    work: Literal["train", "evaluate", "restore", "stop"]
     stage: Stage
     round: Round
     state: StateRef | None
+    reward: StateRef | None = None
+    reference: StateRef | None = None
     outcome: Outcome = "none"
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     local_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
@@ -234,6 +313,8 @@ class Task(_Message):
     codec: Codec = "fp32"
     upload_within_seconds: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 512
+    margin: Annotated[float, Field(ge=0, le=100)] = 0.0
+    alignment: AlignmentSettings | None = None
     reason: Annotated[str, Field(max_length=400)] = ""
 
 

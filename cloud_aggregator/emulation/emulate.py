@@ -15,7 +15,14 @@ from typing import Any
 import psutil
 
 from cloud_aggregator.cohort import CohortRule
-from cloud_aggregator.emulation.fleet import ClientSpec, FleetPlan, WorkerSpec, plan_fleet
+from cloud_aggregator.emulation.fleet import (
+    ClientSpec,
+    FleetPlan,
+    WorkerSpec,
+    plan_fleet,
+    preference_sources,
+    stage_plans,
+)
 from cloud_aggregator.emulation.pool import WorkerPool
 from cloud_aggregator.experiment import Experiment, check_same, stored
 from cloud_aggregator.records import DataRecord, RunRecord
@@ -27,7 +34,17 @@ from cloud_aggregator.settings import RunSettings
 from device_profiles.config_files import read_toml
 from device_profiles.errors import InputError
 from edge_client.data.instructions import Dataset, load_instructions
+from edge_client.data.own_data import Preferences, load_sources
+from edge_client.device_record import held_bytes
+from edge_client.preflight import (
+    check_memory,
+    client_memory,
+    fleet_bytes,
+    free_memory,
+    step_shape,
+)
 from messaging.broker import embedded_broker
+from messaging.layout import joint_sha256
 from messaging.memory import MemoryNetwork
 from messaging.mqtt import MqttNetwork
 from messaging.transport import Network
@@ -66,6 +83,7 @@ def emulate(
     folder = RunFolder(out)
     _check_folder(folder, experiment, resume=resume)
     planned = _plan(experiment, folder)
+    _check_memory(planned)
     record = _record(planned, resume=resume)
     folder.write_config(_config(planned))
     devices = [client.device for client in planned.fleet.clients]
@@ -103,6 +121,7 @@ class _Planned:
     experiment: Experiment
     identity: BaseIdentity
     dataset: Dataset
+    preferences: Preferences
     fleet: FleetPlan
     binding: str
     workers: int
@@ -112,14 +131,60 @@ class _Planned:
 def _plan(experiment: Experiment, folder: RunFolder) -> _Planned:
     identity = identify(experiment.model)
     dataset = load_instructions(experiment.data)
+    preferences = load_sources(
+        preference_sources(experiment), experiment.prompts, seed=experiment.seed
+    )
     return _Planned(
         experiment=experiment,
         identity=identity,
         dataset=dataset,
-        fleet=plan_fleet(experiment, identity, dataset),
+        preferences=preferences,
+        fleet=plan_fleet(experiment, identity, dataset, preferences),
         binding=binding(identity, experiment.placement),
         workers=_worker_count(experiment),
         folder=folder,
+    )
+
+
+def _check_memory(planned: _Planned) -> None:
+    """Refuse, before any worker starts, a run that the system would stop for its memory.
+
+    Raises:
+        NotEnoughMemoryError: If the workers would take more than is free.
+    """
+    from quantization.checkpoint import look_through  # needs torch
+
+    experiment, fleet, workers = planned.experiment, planned.fleet, planned.workers
+    shape = step_shape(
+        planned.identity,
+        look_through(planned.identity).heads,
+        adapter_size=fleet.modules.adapter_size,
+        placement=fleet.modules.placement,
+        lora_rank=fleet.modules.lora_rank,
+    )
+    devices = [client.device for client in fleet.clients]
+    worst = max(devices, key=lambda device: (device.lora_count, device.base_bytes))
+    precision = worst.precision.removesuffix("-dynamic")
+    one = client_memory(
+        shape,
+        worst.lora_count,
+        batch_size=experiment.batch_size,
+        max_length=experiment.max_length,
+        precision=precision,
+    )
+    bases = {device.precision for device in devices}
+    if fleet.clients[0].own.train:
+        bases.add(experiment.trunk_precision)
+    others = sum(held_bytes(planned.identity, p) for p in bases - {worst.precision})
+    check_memory(
+        fleet_bytes(one, workers, precision) + workers * others,
+        free_memory(),
+        what=f"{workers} worker(s) on {planned.identity.name}",
+        remedies=[
+            "give --workers 1",
+            "--precision int8 or nf4",
+            "a smaller --batch-size or --max-length",
+        ],
     )
 
 
@@ -138,10 +203,11 @@ def _check_folder(folder: RunFolder, experiment: Experiment, *, resume: bool) ->
 
 def _check_unchanged(record: RunRecord, planned: _Planned) -> None:
     """Refuse to resume on another base, tokenizer or data than the run began with."""
-    pairs = {
+    pairs: dict[str, tuple[object, object]] = {
         "model": (record.model.sha256, planned.identity.sha256),
         "tokenizer": (record.model.tokenizer_sha256, planned.identity.tokenizer_sha256),
         "data": (record.data.sha256, planned.dataset.sha256),
+        "preference data": (record.data.preferences, planned.preferences.hashes),
     }
     for name, (then, now) in pairs.items():
         if then != now:
@@ -171,7 +237,7 @@ def _record(planned: _Planned, *, resume: bool) -> RunRecord:
         run=experiment.run_name,
         seed=experiment.seed,
         method=experiment.method,
-        stages=["instruction"],
+        stages=experiment.stage_names,
         engine=experiment.engine,
         workers=planned.workers,
         transport=experiment.transport,
@@ -183,6 +249,7 @@ def _record(planned: _Planned, *, resume: bool) -> RunRecord:
             examples=len(dataset.examples),
             held_out_examples=sum(c.device.held_out_examples for c in planned.fleet.clients),
             broken_rows=len(dataset.broken),
+            preferences=planned.preferences.hashes,
             partition=experiment.partition,
             alpha=experiment.alpha if experiment.partition == "dirichlet" else None,
             skew=experiment.skew,
@@ -198,7 +265,8 @@ def _config(planned: _Planned) -> dict[str, Any]:
             "tokenizer": planned.identity.tokenizer_sha256,
             "data": planned.dataset.sha256,
             "binding": planned.binding,
-            "layout": planned.fleet.layout.sha256,
+            "layout": joint_sha256(planned.fleet.layouts.values()),
+            **planned.preferences.hashes,
         },
         "threads_a_client": planned.experiment.threads,
     }
@@ -211,15 +279,11 @@ def _settings(planned: _Planned) -> RunSettings:
         method=experiment.method,
         seed=experiment.seed,
         modules=planned.fleet.modules,
-        layout=planned.fleet.layout,
+        stages=stage_plans(experiment, planned.fleet.layouts),
         binding=planned.binding,
         clients=experiment.clients,
         minimum_clients=experiment.clients,
         gather_seconds=_GATHER_SECONDS,
-        rounds=experiment.rounds,
-        local_steps=experiment.local_steps,
-        batch_size=experiment.batch_size,
-        learning_rate=experiment.learning_rate,
         codec=experiment.codec,
         max_length=experiment.max_length,
         chunk_bytes=experiment.chunk_bytes,
@@ -230,8 +294,6 @@ def _settings(planned: _Planned) -> RunSettings:
         refuses_hopeless_deadline=True,
         waits_for_channel=experiment.upload_policy == "wait",
         patience_seconds=_PATIENCE_SECONDS,
-        epsilon=experiment.epsilon,
-        patience=experiment.patience,
     )
 
 
@@ -273,8 +335,14 @@ def _worker_specs(planned: _Planned) -> list[WorkerSpec]:
             run_folder=str(planned.folder.path.resolve()),
             model=experiment.model,
             binding=planned.binding,
+            stages=experiment.stage_names,
+            seed=experiment.seed,
             data=experiment.data,
             data_sha256=planned.dataset.sha256,
+            preferences=preference_sources(experiment),
+            prompts=experiment.prompts,
+            hashes=planned.preferences.hashes,
+            trunk_precision=experiment.trunk_precision,
             placement=experiment.placement,
             adapter_size=experiment.adapter_size,
             lora_rank=planned.fleet.modules.lora_rank,

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
 from cloud_aggregator.experiment import Experiment
+from cloud_aggregator.stages import StagePlan
 from device_profiles.fleet import Device, check_lora_count, draw_fleet, find_fleet
-from device_profiles.methods import ModuleShape, find_method
+from device_profiles.methods import ModuleShape, Objective, find_method
 from device_profiles.modules import adapter_sites, lora_rank
 from device_profiles.planning import planned_precision
 from device_profiles.pricing import PRICED_SHAPES, CostBasis, cost_basis
 from device_profiles.profile import Profile
 from edge_client.data.instructions import Dataset
+from edge_client.data.own_data import Places, Preferences
 from edge_client.data.partition import Part, partition
 from edge_client.device_record import Modules, describe_device
+from edge_client.reward.reference import scoring
 from messaging.layout import Layout
-from messaging.protocol import DeviceRecord, Precision
+from messaging.protocol import DeviceRecord, Precision, Stage
 from quantization.identity import BaseIdentity
 
 #: The broker's address reaches a worker through its environment: it may hold a password.
@@ -33,6 +37,7 @@ class ClientSpec(BaseModel):
     profile: Profile
     train: list[int]
     held_out: list[int]
+    own: Places
 
 
 class WorkerSpec(BaseModel):
@@ -44,8 +49,14 @@ class WorkerSpec(BaseModel):
     run_folder: str
     model: str
     binding: str
+    stages: list[Stage]
+    seed: int
     data: str
     data_sha256: str
+    preferences: dict[Objective, str]
+    prompts: str | None
+    hashes: dict[str, str]
+    trunk_precision: str
     placement: str
     adapter_size: int
     lora_rank: int
@@ -61,12 +72,48 @@ class FleetPlan:
     """The clients of a run and the tensors that they share."""
 
     clients: list[ClientSpec]
-    layout: Layout
+    layouts: dict[Stage, Layout]
     modules: ModuleShape
     priced: CostBasis | None
 
 
-def plan_fleet(experiment: Experiment, identity: BaseIdentity, dataset: Dataset) -> FleetPlan:
+def preference_sources(experiment: Experiment) -> dict[Objective, str]:
+    """Return where the pairs of each objective come from that the run learns."""
+    if "reward" not in experiment.stage_names:
+        return {}
+    sources = {"helpfulness": experiment.helpfulness, "harmlessness": experiment.harmlessness}
+    return {name: sources[name] for name in find_method(experiment.method).objectives}
+
+
+def stage_plans(experiment: Experiment, layouts: Mapping[Stage, Layout]) -> tuple[StagePlan, ...]:
+    """Return what each stage of an experiment is."""
+    sizes = {"reward": experiment.reward_batch_size}
+    rates = {
+        "instruction": experiment.learning_rate,
+        "reward": experiment.reward_learning_rate,
+        "alignment": experiment.alignment_learning_rate,
+    }
+    return tuple(
+        StagePlan(
+            stage=stage,
+            layout=layout,
+            rounds=experiment.rounds_of(stage),
+            local_steps=experiment.steps_of(stage),
+            batch_size=sizes.get(stage, experiment.batch_size),
+            learning_rate=rates[stage],
+            epsilon=experiment.epsilon,
+            patience=experiment.patience,
+            margin=experiment.margin if stage == "reward" else 0.0,
+            alignment=experiment.alignment if stage == "alignment" else None,
+            reward_drop=experiment.reward_drop,
+        )
+        for stage, layout in layouts.items()
+    )
+
+
+def plan_fleet(
+    experiment: Experiment, identity: BaseIdentity, dataset: Dataset, preferences: Preferences
+) -> FleetPlan:
     """Return the clients that an experiment draws.
 
     Raises:
@@ -92,18 +139,24 @@ def plan_fleet(experiment: Experiment, identity: BaseIdentity, dataset: Dataset)
         held_out_share=experiment.held_out_share,
         seed=experiment.seed,
     )
+    places = preferences.divide(
+        clients=experiment.clients,
+        held_out_share=experiment.held_out_share,
+        seed=experiment.seed,
+    )
     clients = [
         ClientSpec(
-            device=_describe(experiment, modules, device, part),
+            device=_describe(experiment, modules, device, part, own),
             profile=device.profile,
             train=list(part.train),
             held_out=list(part.held_out),
+            own=own,
         )
-        for device, part in zip(devices, parts, strict=True)
+        for device, part, own in zip(devices, parts, places, strict=True)
     ]
     return FleetPlan(
         clients=clients,
-        layout=modules.layout(),
+        layouts={stage: modules.layout(stage) for stage in experiment.stage_names},
         modules=modules.shape(),
         priced=_priced(experiment, identity),
     )
@@ -123,7 +176,9 @@ def _precision(experiment: Experiment, device: Device) -> Precision:
     return planned_precision(device.profile)
 
 
-def _describe(experiment: Experiment, modules: Modules, device: Device, part: Part) -> DeviceRecord:
+def _describe(
+    experiment: Experiment, modules: Modules, device: Device, part: Part, own: Places
+) -> DeviceRecord:
     """Return a client's record; by itself it trains what it affords, of the sites there are."""
     afforded = modules.lora_count(device.lora_count)
     return describe_device(
@@ -134,7 +189,9 @@ def _describe(experiment: Experiment, modules: Modules, device: Device, part: Pa
         profile=device.profile,
         lora_count=experiment.lora_count or afforded,
         threads=experiment.threads,
-        helpfulness=device.preference,
+        helpfulness=device.preference if experiment.preference is None else experiment.preference,
+        preference_pairs=own.training_pairs,
+        scoring=scoring(experiment.trunk_precision) if own.train else "",
         precision=_precision(experiment, device),
         costs="modelled",
     )

@@ -14,14 +14,16 @@ import threading
 from pathlib import Path
 
 from cloud_aggregator.emulation.fleet import BROKER_VARIABLE, WorkerSpec
-from cloud_aggregator.methods import ModuleShape, find_method, shared_layout
+from cloud_aggregator.methods import ModuleShape, find_method, stage_layout
 from cloud_aggregator.run_folder import RunFolder
 from device_profiles.errors import InputError
 from edge_client.data.instructions import load_instructions
+from edge_client.data.own_data import load_sources
 from edge_client.device_record import link_of
 from edge_client.host import Host
 from edge_client.local_client import LocalClient, Setup
 from edge_client.peft.packed_model import PackedModel
+from edge_client.works import build_works, load_judging
 from messaging.mqtt import MqttNetwork
 from messaging.transport import Network
 from quantization.base_model import set_threads
@@ -53,18 +55,16 @@ def build_clients(spec: WorkerSpec) -> list[LocalClient]:
         )
         for precision, count in sorted(counts.items())
     }
+    modules = ModuleShape(
+        base=identity.shape,
+        adapter_size=spec.adapter_size,
+        placement=spec.placement,
+        lora_rank=spec.lora_rank,
+    )
     setup = Setup(
         run=spec.run,
         method=spec.method,
-        layout=shared_layout(
-            method,
-            ModuleShape(
-                base=identity.shape,
-                adapter_size=spec.adapter_size,
-                placement=spec.placement,
-                lora_rank=spec.lora_rank,
-            ),
-        ),
+        layouts={stage: stage_layout(stage, method, modules) for stage in spec.stages},
         placement=spec.placement,
         adapter_size=spec.adapter_size,
         lora_rank=spec.lora_rank,
@@ -74,17 +74,32 @@ def build_clients(spec: WorkerSpec) -> list[LocalClient]:
     dataset = load_instructions(spec.data)
     if dataset.sha256 != spec.data_sha256:
         raise InputError(f"data {spec.data} changed since the run was planned; start a new run")
+    preferences = load_sources(spec.preferences, spec.prompts, seed=spec.seed)
+    if preferences.hashes != spec.hashes:
+        raise InputError("preference data changed since the run was planned; start a new run")
+    bases = [model.base for model in models.values()]
+    judging = load_judging(identity, spec.trunk_precision, *bases) if spec.preferences else None
     examples = dataset.examples
     folder = RunFolder(Path(spec.run_folder))
     return [
         LocalClient(
             setup,
-            models[client.device.precision],
+            build_works(
+                setup,
+                models[client.device.precision],
+                client.device,
+                preferences.own(
+                    client.own,
+                    [examples[i] for i in client.train],
+                    [examples[i] for i in client.held_out],
+                ),
+                judging=judging,
+                folder=folder.client_path(client.device.id),
+            ),
+            base=identity,
             device=client.device,
             profile=client.profile,
             link=link_of(client.device),
-            train_examples=[examples[i] for i in client.train],
-            held_out=[examples[i] for i in client.held_out],
             folder=folder.client_path(client.device.id),
         )
         for client in spec.clients

@@ -77,12 +77,19 @@ def line(
     )
 
 
+def first_place(run: RunRecord) -> int:
+    """Return where a chart begins: the round before a run's, or its one stage's, first round."""
+    return run.rounds[0].round - 1 if run.rounds else 0
+
+
 def rounds_axis(axes: Axes, run: RunRecord, *, first: int) -> None:
     """Let the x axis count rounds; a run of several stages has them named and divided."""
+    start = first_place(run)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    axes.set_xlim(first - 0.4, max(len(run.rounds), 1) + 0.4)
+    axes.set_xlim(start + first - 0.4, start + max(len(run.rounds), 1) + 0.4)
     stages = [(stage, len(list(part))) for stage, part in groupby(r.stage for r in run.rounds)]
-    axes.set_xlabel("round" if len(stages) < 2 else "round, counted over the stages")
+    counted = len(stages) > 1 or start > 0
+    axes.set_xlabel("round, counted over the stages" if counted else "round")
     end = 0.5
     for stage, length in stages if len(stages) > 1 else []:
         axes.axvline(end, color=colour("client"), linewidth=0.8, linestyle=(0, (2, 3)))

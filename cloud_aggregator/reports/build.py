@@ -6,6 +6,7 @@ Every figure is the record's; what a template adds is only how it is set.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,24 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cloud_aggregator.methods import METHODS
 from cloud_aggregator.records import RunRecord
-from cloud_aggregator.reports import comparison, cost_plots, plots, series, words
+from cloud_aggregator.reports import (
+    comparison,
+    cost_plots,
+    energy,
+    energy_plots,
+    plots,
+    series,
+    stage_views,
+    words,
+)
 from cloud_aggregator.reports.canvas import PALETTE
+from cloud_aggregator.reports.stages import stage_run
 from cloud_aggregator.run_folder import RunFolder, read_record, write_atomically
+from cloud_aggregator.summary import of_stage
 from device_profiles.errors import InputError
 
 _MOST_MISSED = 60  # updates that did not arrive, listed with their reasons
+_MOST_ENTRIES = 400  # clients' rounds that the page lists one by one
 
 
 def build_report(runs: Sequence[tuple[str, RunRecord]]) -> str:
@@ -73,17 +86,30 @@ def _environment() -> Environment:
     )
     filters = (
         words.percent, words.points, words.nats, words.size, words.energy, words.duration,
-        words.number, words.clients,
+        words.number, words.clients, words.index, words.priced, words.score, words.gain,
+        words.tokens, words.weights,
     )  # fmt: skip
     environment.filters.update({f.__name__: f for f in filters})
-    environment.globals.update(palette=PALETTE, method_title=_method_title)
+    environment.filters["figure_as"] = lambda value, name: environment.filters[name](value)
+    environment.globals.update(
+        palette=PALETTE, method_title=_method_title, basis=energy.basis, modelled=energy.MODELLED
+    )
     return environment
 
 
 def _one(name: str, run: RunRecord) -> dict[str, Any]:
-    found = series.tracks(run)
+    learned = of_stage(run, "instruction")
+    found = series.tracks(learned)
+    everyone = series.tracks(run)
+    reward, alignment = stage_run(run, "reward"), stage_run(run, "alignment")
+    views = {
+        "reward": stage_views.reward_view(reward) if reward else None,
+        "alignment": stage_views.alignment_view(alignment) if alignment else None,
+    }
     rows = series.round_rows(run)
     source = series.source_of_costs(run)
+    parts = energy.columns([run])
+    entries = energy.each(run, parts)
     missed = [
         (record.round, client)
         for record in run.rounds
@@ -93,7 +119,8 @@ def _one(name: str, run: RunRecord) -> dict[str, Any]:
     return {
         "name": name,
         "run": run,
-        "headline": words.headline(run, found),
+        "headlines": _headlines(run, learned, found, views),
+        **views,
         "banner": _banner(run),
         "source": source,
         "tracks": found,
@@ -107,22 +134,47 @@ def _one(name: str, run: RunRecord) -> dict[str, Any]:
         "deployed": run.engine == "deployment",
         "retransmitted": sum(r.observed.retransmitted_bytes for r in run.rounds),
         "refused": _refused(run),
-        "rewards": sorted({reward for row in rows for reward in row.rewards}),
-        "learning": [
-            plots.per_round(run, found, series.mean_accuracy(run), plots.ACCURACY),
-            plots.per_round(run, found, series.mean_loss(run), plots.LOSS),
-            plots.before_and_after(found),
-            plots.categories(found),
-        ],
-        "devices": cost_plots.devices(found, source),
+        "tuned": _tuned(run, learned),
+        "learning": [*plots.per_round(learned, found), plots.before_and_after(found)],
+        "data": plots.categories(found),
+        "devices": cost_plots.devices(everyone, source),
         "costs": [
             cost_plots.bytes_per_round(run, rows),
             cost_plots.seconds_per_round(run, source),
         ],
+        "parts": parts,
+        "energy": energy_plots.per_round(run, everyone, parts),
+        "energy_by_round": energy.by_round(run, parts),
+        "energy_by_client": energy.by_client(run, parts),
+        "energy_each": entries[:_MOST_ENTRIES],
+        "energy_more": len(entries[_MOST_ENTRIES:]),
+        "on_battery": any(entry.battery_left is not None for entry in entries),
     }
 
 
+def _tuned(run: RunRecord, learned: RunRecord) -> bool:
+    """Say whether instruction tuning is a part of the run: its charts are shown."""
+    return bool(learned.rounds) or "instruction" in run.stages
+
+
+def _headlines(
+    run: RunRecord, learned: RunRecord, found: Sequence[series.Track], views: dict[str, Any]
+) -> list[words.Headline]:
+    """Return what each stage came to, in their order."""
+    first = words.headline(learned, found)
+    later = [view["headline"] for view in views.values() if view]
+    if not later:
+        return [first]
+    first = replace(first, text=f"Instruction tuning: {first.text[0].lower()}{first.text[1:]}")
+    return [*([first] if _tuned(run, learned) else []), *later]
+
+
 def _several(runs: Sequence[tuple[str, RunRecord]]) -> dict[str, Any]:
+    learned = [(name, of_stage(run, "instruction")) for name, run in runs]
+    rewards, reward_charts = stage_views.reward_views(runs)
+    alignments, alignment_charts = stage_views.alignment_views(runs)
+    parts = energy.columns(run for _, run in runs)
+    totals = [energy.of_run(name, run, parts) for name, run in runs]
     return {
         "runs": [
             {
@@ -130,16 +182,26 @@ def _several(runs: Sequence[tuple[str, RunRecord]]) -> dict[str, Any]:
                 "run": run,
                 "banner": _banner(run),
                 "source": series.source_of_costs(run),
-                "worst": comparison.worst_text(run),
+                "summary": alone.summary,
+                "worst": comparison.worst_text(alone),
                 "wall_seconds": sum(r.observed.wall_seconds for r in run.rounds),
                 "virtual_seconds": sum(r.virtual_seconds for r in run.rounds),
             }
-            for name, run in runs
+            for (name, run), (_, alone) in zip(runs, learned, strict=True)
         ],
-        "leader": comparison.leader(runs),
+        "leader": comparison.leader(learned),
         "differences": comparison.not_comparable(runs),
-        "charts": comparison.overlays(runs),
-        "clients": comparison.client_rows(runs),
+        "charts": comparison.overlays(learned),
+        "staged": any(len(run.stages) > 1 for _, run in runs),
+        "rewards": rewards,
+        "reward_charts": reward_charts,
+        "alignments": alignments,
+        "alignment_charts": alignment_charts,
+        "parts": parts,
+        "energy": energy_plots.of_runs(runs, parts),
+        "totals": totals,
+        "on_battery": any(row.battery_left is not None for row in totals),
+        "clients": comparison.client_rows(learned),
         "most_clients": max(len(run.clients) for _, run in runs),
     }
 

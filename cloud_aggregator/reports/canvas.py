@@ -18,7 +18,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-Mark = Literal["line", "thin", "dash", "dots", "square", "ring", "dot"]
+Mark = Literal["line", "thin", "dash", "dots", "square", "ring", "dot", "cross"]
 MAX_SVG_BYTES = 300_000
 HALF, THIRD = 400, 300  # widths of a figure, in CSS pixels at scale 1
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.reports import words
 from cloud_aggregator.reports.canvas import Chart
 from cloud_aggregator.reports.cost_plots import overlay
+from cloud_aggregator.reports.plots import ACCURACY
 from cloud_aggregator.reports.series import mean_accuracy, round_rows, tracks, worst
 
 Runs = Sequence[tuple[str, RunRecord]]
@@ -42,6 +43,10 @@ def _split(run: RunRecord) -> str:
     return " ".join(terms)
 
 
+def _hashes(run: RunRecord) -> str:
+    return ", ".join(f"{name} {value[:8]}" for name, value in sorted(run.data.preferences.items()))
+
+
 RESPECTS: tuple[Respect, ...] = (
     Respect(
         name="model",
@@ -54,6 +59,11 @@ RESPECTS: tuple[Respect, ...] = (
             run.data.source, run.data.sha256, run.data.examples, run.data.held_out_examples
         ),
         text=lambda run: f"{run.data.source} ({run.data.examples:,} examples)",
+    ),
+    Respect(
+        name="preference data",
+        key=lambda run: tuple(sorted(run.data.preferences.items())),
+        text=lambda run: _hashes(run) or "none",
     ),
     Respect(
         name="partition of the data",
@@ -69,6 +79,11 @@ RESPECTS: tuple[Respect, ...] = (
         name="stages",
         key=lambda run: tuple(run.stages),
         text=lambda run: ", ".join(run.stages),
+    ),
+    Respect(
+        name="the shape that costs are computed at",
+        key=words.priced,
+        text=lambda run: words.priced(run) or "the model's own",
     ),
     Respect(
         name="number of finished rounds",
@@ -155,10 +170,11 @@ def overlays(runs: Runs) -> list[Chart]:
     sent = [
         [0.0, *accumulate(row.upload_bytes / 1e6 for row in round_rows(run))] for _, run in runs
     ]
-    charts = [overlay(lines, places=rounds, axis="rounds", name="over-rounds")]
+    shown = replace(ACCURACY, name="over-rounds")
+    charts = [overlay(lines, places=rounds, axis="rounds", shown=shown)]
     if any(places[-1] for places in sent):
-        axis = "megabytes sent up, all clients"
-        charts.append(overlay(lines, places=sent, axis=axis, name="over-bytes"))
+        axis, shown = "megabytes sent up, all clients", replace(ACCURACY, name="over-bytes")
+        charts.append(overlay(lines, places=sent, axis=axis, shown=shown))
     return charts
 
 

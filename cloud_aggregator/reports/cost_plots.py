@@ -12,6 +12,8 @@ from cloud_aggregator.records import ClientRound, RunRecord
 from cloud_aggregator.reports import words
 from cloud_aggregator.reports.axes import bar_end, cut, line, name_rows, rounds_axis, row_height
 from cloud_aggregator.reports.canvas import SERIES, THIRD, Chart, Key, Mark, colour, draw
+from cloud_aggregator.reports.energy import MODELLED
+from cloud_aggregator.reports.round_lines import Lines
 from cloud_aggregator.reports.series import RoundRow, Track, Values, last_of
 from messaging.protocol import DeviceRecord
 
@@ -35,7 +37,7 @@ def devices(clients: Sequence[Track], source: str) -> list[Chart]:
     charts = (
         (counts, "LoRA modules", "modules", lora),
         (compute, f"Compute per round ({source})", "seconds", spread),
-        (uplink, f"Uplink per round ({source})", "seconds", spread),
+        (uplink, f"Uplink per round ({MODELLED})", "seconds", spread),
     )
     return [
         _bars(rows, values, title=title, unit=unit, caption=caption, keys=keys)
@@ -87,40 +89,47 @@ def seconds_per_round(run: RunRecord, source: str) -> Chart:
 
 
 def overlay(
-    runs: Sequence[tuple[str, Values]], *, places: Sequence[Sequence[float]], axis: str, name: str
+    runs: Sequence[tuple[str, Values]],
+    *,
+    places: Sequence[Sequence[float]],
+    axis: str,
+    shown: Lines,
 ) -> Chart:
-    """Return the weighted mean accuracy of several runs over rounds, or over what they cost.
+    """Return the mean figure of several runs over rounds, or over what they cost.
 
     Args:
-        runs: Name and accuracy of each, before the first round and after each.
+        runs: Name and figures of each, before the first round and after each.
         places: Where each of a run's values stands along the bottom.
         axis: What stands along the bottom, with its unit.
-        name: Unique on the page.
+        shown: Which figure it is.
     """
-    title = f"Held-out accuracy over {axis}"
+    title = f"{shown.what} over {axis}"
     drawn = [n for n, (_, values) in enumerate(runs) if any(v is not None for v in values)]
     if not drawn:
-        return Chart(title=title, caption="Held-out accuracy: not measured in any run.")
+        return Chart(title=title, caption=f"{shown.what}: not measured in any run.")
     looks = {n: (SERIES[n % len(SERIES)], *_DASHES[n // len(SERIES) % 3]) for n in drawn}
 
     def paint(axes: Axes) -> None:
         for n in drawn:
             shade, dashes, _ = looks[n]
-            line(axes, runs[n][1], 100.0, colour(shade), 2.2, places=places[n], linestyle=dashes)
+            line(axes, runs[n][1], shown.scale, colour(shade), 2.2, places=places[n],
+                 linestyle=dashes)  # fmt: skip
         axes.xaxis.set_major_locator(
             MaxNLocator(integer=True, nbins=7, min_n_ticks=1, steps=[1, 2, 5, 10])
         )
         axes.margins(x=0.04)
         axes.set_xlabel(axis)
-        axes.set_ylabel("held-out accuracy, %")
+        axes.set_ylabel(shown.axis)
 
     keys = tuple(
-        Key(colour=looks[n][0], label=f"{runs[n][0]} ({words.percent(last_of(runs[n][1]))})",
+        Key(colour=looks[n][0], label=f"{runs[n][0]} ({shown.text(last_of(runs[n][1]))})",
             mark=looks[n][2])
         for n in drawn
     )  # fmt: skip
-    caption = "Example-weighted mean over the clients; in brackets after the last round."
-    image = draw(paint, name=name, label=f"{title}. {caption}", height=280)
+    how = f"mean over the clients, weighted by {shown.weighted}" if shown.weighted else "plain mean"
+    caption = f"{how[0].upper()}{how[1:]}; in brackets after the last round."
+    image = draw(paint, name=shown.name, label=f"{title}. {caption}", width=shown.width,
+                 height=max(shown.height, 280 if shown.width > THIRD else 0))  # fmt: skip
     return Chart(title=title, caption=caption, image=image, keys=keys)
 
 

@@ -2,120 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.reports import words
-from cloud_aggregator.reports.axes import bar_end, cut, line, name_rows, rounds_axis, row_height
+from cloud_aggregator.reports.axes import bar_end, cut, name_rows, row_height
 from cloud_aggregator.reports.canvas import Chart, Key, colour, draw
-from cloud_aggregator.reports.series import Track, Values, best_first, last_of, worst
+from cloud_aggregator.reports.round_lines import Lines, over_rounds
+from cloud_aggregator.reports.series import Track, best_first, mean_accuracy, mean_loss
+from cloud_aggregator.reports.stages import Curves
+from cloud_aggregator.reports.two_points import Ends, TwoPoints, two_points
 
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """What a line chart shows; ``scale`` turns the record's unit into the axis' one."""
-
-    name: str
-    axis: str
-    scale: float
-    of: Callable[[Track], Values]
-    is_worse: Callable[[float, float], bool]
-    text: Callable[[float | None], str]
-    worst_word: str
-
-
-ACCURACY = Metric(
+ACCURACY = Lines(
     name="accuracy",
+    what="Held-out accuracy",
     axis="held-out accuracy, %",
-    scale=100.0,
-    of=lambda track: track.accuracy,
-    is_worse=lambda a, b: a < b,
     text=words.percent,
-    worst_word="lowest",
+    scale=100.0,
+    marked="lowest",
+    weighted="held-out examples",
 )
-LOSS = Metric(
+LOSS = Lines(
     name="loss",
+    what="Held-out loss",
     axis="held-out loss, nats",
-    scale=1.0,
-    of=lambda track: track.loss,
-    is_worse=lambda a, b: a > b,
     text=words.nats,
-    worst_word="highest",
+    marked="highest",
+    weighted="held-out examples",
 )
 
 
-def per_round(run: RunRecord, clients: Sequence[Track], mean: Values, metric: Metric) -> Chart:
-    """Return the lines of every client, their weighted mean bold, the worst one named."""
-    title = f"Held-out {metric.name} per round"
-    lines = [(t.id, metric.of(t)) for t in clients if any(v is not None for v in metric.of(t))]
-    if not lines:
-        return Chart(title=title, caption=f"Held-out {metric.name}: not measured.")
-    lowest: tuple[str, Values] | None = None
-    for client, values in lines:
-        value, least = last_of(values), last_of(lowest[1]) if lowest else None
-        if value is not None and (least is None or metric.is_worse(value, least)):
-            lowest = (client, values)
-
-    def paint(axes: Axes) -> None:
-        for _, values in lines:
-            line(axes, values, metric.scale, colour("client"), 0.9, alpha=0.75)
-        if lowest:
-            line(axes, lowest[1], metric.scale, colour("worst"), 1.8)
-        line(axes, mean, metric.scale, colour("mean"), 3.0)
-        rounds_axis(axes, run, first=0)
-        axes.set_ylabel(metric.axis)
-
-    ends = f"{metric.text(mean[0])} before, {metric.text(last_of(mean))} after"
-    keys = [Key(colour="mean", label=f"weighted mean ({ends})")]
-    if lowest:
-        figure = f"{metric.worst_word} at the end: {metric.text(last_of(lowest[1]))}"
-        keys.append(Key(colour="worst", label=f"{lowest[0]} ({figure})"))
-    keys.append(Key(colour="client", label=f"each of {words.clients(len(lines))}", mark="thin"))
-    gaps = any(value is None for _, values in lines for value in values)
-    caption = "Round 0 is before the first round; the mean is weighted by held-out examples." + (
-        " A gap: not measured." if gaps else ""
-    )
-    label = f"{title}. {'; '.join(key.label for key in keys)}."
-    image = draw(paint, name=metric.name, label=label)
-    return Chart(title=title, caption=caption, image=image, keys=tuple(keys))
+def per_round(run: RunRecord, clients: Sequence[Track]) -> list[Chart]:
+    """Return accuracy and loss over the rounds of a run of one stage."""
+    accuracy = Curves(clients={t.id: t.accuracy for t in clients}, mean=mean_accuracy(run))
+    loss = Curves(clients={t.id: t.loss for t in clients}, mean=mean_loss(run))
+    return [over_rounds(run, accuracy, ACCURACY), over_rounds(run, loss, LOSS)]
 
 
 def before_and_after(clients: Sequence[Track]) -> Chart:
     """Return each client's accuracy before and after as two points and a line, best on top."""
-    title = "Held-out accuracy of each client, before and after"
-    measured = [t for t in best_first(clients) if t.before is not None or t.after is not None]
-    if not measured:
-        return Chart(title=title, caption="Held-out accuracy: not measured.")
-    shown, left_out = cut(measured)
-    marked = [track.id for track in worst(shown)]
-
-    def paint(axes: Axes) -> None:
-        for row, track in enumerate(shown):
-            shade = colour("worst" if track.id in marked else "mean")
-            values = [100 * v for v in (track.before, track.after) if v is not None]
-            axes.plot(values, [row] * len(values), color=shade, linewidth=1.8, alpha=0.55)
-            if track.before is not None:
-                axes.plot(values[0], row, "o", color=shade, mfc=colour("card"), ms=6, mew=1.5)
-            if track.after is not None:
-                axes.plot(values[-1], row, "o", color=shade, ms=7)
-            if track.change is not None:
-                bar_end(axes, words.points(track.change), max(values), row)
-        name_rows(axes, [track.id for track in shown], marked)
-        axes.margins(x=0.12)
-        axes.set_xlabel("held-out accuracy, % (figures: change in points)")
-
-    keys = (
-        Key(colour="mean", label="before the first round", mark="ring"),
-        Key(colour="mean", label="after the last round", mark="dot"),
-        Key(colour="worst", label=f"lowest: {words.listed(marked)}", mark="dot"),
+    return two_points(
+        [Ends(id=t.id, first=t.before, last=t.after) for t in best_first(clients)],
+        TwoPoints(
+            name="change",
+            title="Held-out accuracy of each client, before and after",
+            missing="Held-out accuracy: not measured.",
+            axis="held-out accuracy, % (figures: change in points)",
+            scale=100.0,
+            text=words.points,
+            first="before the first round",
+            last="after the last round",
+            caption="Ordered by accuracy after the last round.",
+        ),
     )
-    caption = f"Ordered by accuracy after the last round.{left_out}"
-    image = draw(paint, name="change", label=f"{title}. {caption}", height=row_height(len(shown)))
-    return Chart(title=title, caption=caption, image=image, keys=keys if marked else keys[:2])
 
 
 def categories(clients: Sequence[Track]) -> Chart:

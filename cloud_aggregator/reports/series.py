@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cloud_aggregator.records import ClientRound, RoundRecord, RunRecord, weighted_mean
+from cloud_aggregator.records import ClientBefore, ClientRound, RoundRecord, RunRecord
+from cloud_aggregator.summary import weighted_mean
 from messaging.protocol import DeviceRecord
 
 Values = tuple[float | None, ...]
@@ -65,25 +66,26 @@ class RoundRow:
     train_loss: float | None
     upload_bytes: int
     download_bytes: int
-    rewards: dict[str, float]
 
 
 def tracks(run: RunRecord) -> list[Track]:
     """Return one track a client, in the order of the record."""
     devices = {device.id: device for device in run.clients}
-    before = {client.id: client for client in run.before}
+    before: dict[str, ClientBefore] = {}
+    for client in run.before:
+        before.setdefault(client.id, client)
     rounds = [{client.id: client for client in record.clients} for record in run.rounds]
     ids = dict.fromkeys([*devices, *before, *(i for clients in rounds for i in clients)])
     found = []
-    for client in ids:
-        parts = [before.get(client), *(clients.get(client) for clients in rounds)]
+    for name in ids:
+        parts = [before.get(name), *(clients.get(name) for clients in rounds)]
         found.append(
             Track(
-                id=client,
-                device=devices.get(client),
+                id=name,
+                device=devices.get(name),
                 accuracy=tuple(_finite(p.eval_accuracy if p else None) for p in parts),
                 loss=tuple(_finite(p.eval_loss if p else None) for p in parts),
-                rounds=tuple(clients[client] for clients in rounds if client in clients),
+                rounds=tuple(clients[name] for clients in rounds if name in clients),
             )
         )
     return found
@@ -116,18 +118,21 @@ def mean_loss(run: RunRecord) -> Values:
 
 
 def round_rows(run: RunRecord) -> list[RoundRow]:
-    """Return one row a round; train loss is weighted by training examples."""
-    weights = {device.id: device.examples for device in run.clients}
+    """Return one row a round; train loss is weighted by training examples, or by pairs."""
+    examples = {device.id: device.examples for device in run.clients}
+    pairs = {device.id: device.preference_pairs for device in run.clients}
     return [
         RoundRow(
             record=record,
             counts=Counter(client.status for client in record.clients),
             train_loss=weighted_mean(
-                [(c.train_loss, weights.get(c.id, 0)) for c in record.clients]
+                [
+                    (c.train_loss, (pairs if record.stage == "reward" else examples).get(c.id, 0))
+                    for c in record.clients
+                ]
             ),
             upload_bytes=sum(client.upload_bytes for client in record.clients),
             download_bytes=sum(client.download_bytes for client in record.clients),
-            rewards=_rewards(record),
         )
         for record in run.rounds
     ]
@@ -141,17 +146,6 @@ def source_of_costs(run: RunRecord) -> str:
     if not kinds:
         return "source not recorded"
     return f"modelled for {kinds['modelled']}, measured for {kinds['measured']} clients"
-
-
-def _rewards(record: RoundRecord) -> dict[str, float]:
-    """Return plain means over the clients that reported; no entry where none did."""
-    names = ("reward_helpfulness", "reward_harmlessness", "kl", "reward_accuracy")
-    means = {}
-    for name in names:
-        values = [v for c in record.clients if (v := _finite(getattr(c, name))) is not None]
-        if values:
-            means[name] = sum(values) / len(values)
-    return means
 
 
 def _finite(value: float | None) -> float | None:

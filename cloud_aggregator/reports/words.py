@@ -9,6 +9,7 @@ from typing import Literal
 
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.reports.series import Track, worst
+from messaging.protocol import Preference
 
 NOT_MEASURED = "not measured"
 ARROW = "\u2192"
@@ -56,13 +57,30 @@ def nats(loss: float | None) -> str:
     return NOT_MEASURED if loss is None else f"{loss:.3f}"
 
 
+def score(reward: float | None) -> str:
+    """Return a reward: deviations of the reference set's scores."""
+    return NOT_MEASURED if reward is None else f"{reward:.3f}".replace("-", _MINUS)
+
+
+def gain(rewards: float | None) -> str:
+    """Return a difference of rewards, signed."""
+    return NOT_MEASURED if rewards is None else f"{rewards:+.3f}".replace("-", _MINUS)
+
+
+def weights(preference: Preference) -> str:
+    """Return what a user cares for, helpfulness and then harmlessness: ``0.67 : 0.33``."""
+    return f"{preference.helpfulness:.2f} : {preference.harmlessness:.2f}"
+
+
 def size(n_bytes: float) -> str:
     """Return bytes in decimal units: ``2.32 MB``."""
     return _scaled(n_bytes, "B", ("", "k", "M", "G", "T"))
 
 
 def energy(joules: float) -> str:
-    """Return joules: ``10.8 J``."""
+    """Return joules: ``10.8 J``; what is below 0 has a minus."""
+    if joules < 0:
+        return f"{_MINUS}{energy(-joules)}"
     return _scaled(joules, "J", ("", "k", "M", "G"))
 
 
@@ -77,9 +95,30 @@ def duration(seconds: float) -> str:
     return f"{hours:,}{_SPACE}h" + (f" {minutes}{_SPACE}min" if minutes else "")
 
 
+def tokens(count: float | None) -> str:
+    """Return a mean number of tokens: ``32.4``."""
+    return NOT_MEASURED if count is None else f"{count:.1f}"
+
+
 def number(value: float) -> str:
     """Return a number with as many digits as it deserves: ``0.5``, ``1,000``, ``0.001``."""
     return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def index(value: float | None) -> str:
+    """Return Jain's index of participation: ``0.917``."""
+    return "no update counted" if value is None else f"{value:.3f}"
+
+
+def priced(run: RunRecord) -> str:
+    """Return at which shape costs are computed, if it is not the model's own; else nothing."""
+    shape = run.model.priced
+    if shape is None:
+        return ""
+    return (
+        f"{shape.name}: {shape.parameters:,} parameters, {shape.layers} layers, "
+        f"width {shape.width}, LoRA rank {shape.lora_rank}"
+    )
 
 
 def clients(count: int) -> str:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from cloud_aggregator.reproduce.differences import (
     Difference,
+    Run,
     accuracy_difference,
     difference,
     points_phrase,
@@ -54,7 +55,7 @@ def most_accurate(runs: Runs) -> Claim:
     """Return whether PWFF ends with the highest accuracy among the federated methods."""
     text = "PWFF has the highest accuracy among the federated methods"
     found = {m: accuracy_difference(runs, OURS, m) for m in BASELINES}
-    return _wins(text, "on accuracy", found, points_phrase, lacking=_lacking(runs, FEDERATED))
+    return _wins(text, "on accuracy", found, points_phrase, lacking=lacking_of(runs, FEDERATED))
 
 
 def converges_fastest(runs: Runs) -> Claim:
@@ -63,11 +64,11 @@ def converges_fastest(runs: Runs) -> Claim:
     That accuracy is, in each seed, the lowest at which one of the methods ends.
     """
     text = "PWFF converges fastest"
-    lacking = _lacking(runs, FEDERATED)
+    lacking = lacking_of(runs, FEDERATED)
     finals = [values(runs, m, lambda run: run.final) for m in FEDERATED]
     seeds = set.intersection(*map(set, finals))
     if lacking or not seeds:
-        return _undecided(text, lacking or "no seed has all of the methods")
+        return undecided(text, lacking or "no seed has all of the methods")
     targets = {seed: min(final[seed] for final in finals) for seed in seeds}
 
     def rounds(run: RunFigures) -> float | None:
@@ -89,14 +90,25 @@ def converges_fastest(runs: Runs) -> Claim:
 def saves_energy(runs: Runs) -> Claim:
     """Return whether PWFF saves 43 % of the uplink energy of PFL (``vanilla-fl``)."""
     text = "PWFF spends 43 % less uplink energy than PFL, which uploads what vanilla-fl does"
-    spent, lacking = uplink_joules(runs, (OURS, _PFL))
+    return saving_of(text, *uplink_joules(runs, (OURS, _PFL)), theirs=_PFL)
+
+
+def saving_of(text: str, spent: Mapping[str, float], lacking: str, *, theirs: str) -> Claim:
+    """Return whether PWFF saves 43 % of the uplink energy of another method.
+
+    Args:
+        text: What is claimed.
+        spent: Joules a client and round, by method.
+        lacking: What a comparison lacks; empty for nothing.
+        theirs: The other method.
+    """
     if lacking:
-        return _undecided(text, lacking)
-    saving = 1 - spent[OURS] / spent[_PFL]
+        return undecided(text, lacking)
+    saving = 1 - spent[OURS] / spent[theirs]
+    ours, other = amount(spent[OURS]), amount(spent[theirs])
     figures = (
         f"PWFF spends {100 * abs(saving):.1f} % {'less' if saving >= 0 else 'more'} uplink energy "
-        f"than vanilla-fl, {amount(spent[OURS])} against {amount(spent[_PFL])} J a client and "
-        "round (modelled)"
+        f"than {named(theirs)}, {ours} against {other} J a client and round (modelled)"
     )
     held = abs(saving - REPORTED_SAVING) <= _A_PERCENT
     end = "the paper reports 43 %" if held else "not the 43 % that the paper reports"
@@ -107,9 +119,13 @@ def saves_energy(runs: Runs) -> Claim:
 def shepherd_spends_least(runs: Runs) -> Claim:
     """Return whether Shepherd (``fedlora``) spends the least uplink energy."""
     text = "Shepherd, which uploads what fedlora does, spends the least uplink energy"
-    spent, lacking = uplink_joules(runs, FEDERATED)
+    return least_of(text, *uplink_joules(runs, FEDERATED), theirs=_SHEPHERD)
+
+
+def least_of(text: str, spent: Mapping[str, float], lacking: str, *, theirs: str) -> Claim:
+    """Return whether one method spends the least uplink energy; as ``saving_of``."""
     if lacking:
-        return _undecided(text, lacking)
+        return undecided(text, lacking)
     least = min(spent.values())
     first = [m for m in spent if spent[m] <= least * (1 + _SAME_ENERGY)]
     rest = sorted((m for m in spent if m not in first), key=spent.__getitem__)
@@ -118,9 +134,9 @@ def shepherd_spends_least(runs: Runs) -> Claim:
         f"{joined([named(m) for m in first])} {'spends' if len(first) == 1 else 'spend'} the least "
         f"uplink energy with {amount(least)} J a client and round (modelled){others}"
     )
-    if first == [_SHEPHERD]:
+    if first == [theirs]:
         return Claim(text=text, verdict="held", sentence=f"{figures}.")
-    if _SHEPHERD in first:
+    if theirs in first:
         return Claim(text=text, verdict="undecided", sentence=f"{figures}: equal within 1 %.")
     return Claim(text=text, verdict="not held", sentence=f"{figures}.")
 
@@ -129,7 +145,7 @@ def better_than_alone(runs: Runs) -> Claim:
     """Return, as a control, whether PWFF ends above training alone."""
     text = "Control: sharing adapters is worth it, PWFF ends above local-only"
     found = {CONTROL: accuracy_difference(runs, OURS, CONTROL)}
-    lacking = _lacking(runs, (OURS, CONTROL))
+    lacking = lacking_of(runs, (OURS, CONTROL))
     return _wins(text, "against training alone", found, points_phrase, lacking=lacking)
 
 
@@ -158,15 +174,22 @@ def uplink_joules(runs: Runs, methods: Sequence[str]) -> tuple[dict[str, float],
 
     Joules a client and round: the mean over the seeds that all of the methods have.
     """
-    if lacking := _lacking(runs, methods):
+    return spent_by(runs, methods, lambda run: run.mean(lambda r: r.uplink_joules))
+
+
+def spent_by(
+    runs: Mapping[str, Mapping[int, Run]], methods: Sequence[str], of: Callable[[Run], float]
+) -> tuple[dict[str, float], str]:
+    """Return the mean of a run's energy over the seeds that all of the methods have.
+
+    Beside it, what lacks for a comparison (empty for nothing).
+    """
+    if lacking := lacking_of(runs, methods):
         return {}, lacking
     seeds = set.intersection(*(set(runs[m]) for m in methods))
     if not seeds:
         return {}, "no seed has all of the methods"
-    spent = {
-        m: statistics.fmean(runs[m][seed].mean(lambda r: r.uplink_joules) for seed in seeds)
-        for m in methods
-    }
+    spent = {m: statistics.fmean(of(runs[m][seed]) for seed in seeds) for m in methods}
     silent = [named(m) for m in methods if spent[m] <= 0]
     return spent, f"{joined(silent)} sent nothing" if silent else ""
 
@@ -190,7 +213,7 @@ def _wins(
         return Claim(text=text, verdict="not held", sentence=said)
     unpaired = joined([named(m) for m, d in found.items() if d is None])
     if lacking or unpaired:
-        return _undecided(text, lacking or f"PWFF shares no measured seed with {unpaired}")
+        return undecided(text, lacking or f"PWFF shares no measured seed with {unpaired}")
     if "unknown" in signs:
         said = f"PWFF is {phrases}; one seed shows no spread and decides nothing."
         return Claim(text=text, verdict="undecided", sentence=said)
@@ -200,10 +223,12 @@ def _wins(
     return Claim(text=text, verdict="held", sentence=f"PWFF wins {respect}: it is {phrases}.")
 
 
-def _lacking(runs: Runs, methods: Sequence[str]) -> str:
+def lacking_of(runs: Mapping[str, Mapping[int, Run]], methods: Sequence[str]) -> str:
+    """Return a sentence on the methods that were not run; empty for none."""
     names = [named(m) for m in methods if not runs.get(m)]
     return f"{joined(names)} {'is' if len(names) == 1 else 'are'} not run" if names else ""
 
 
-def _undecided(text: str, why: str) -> Claim:
+def undecided(text: str, why: str) -> Claim:
+    """Return a claim that nothing decides, and why."""
     return Claim(text=text, verdict="undecided", sentence=f"{why}.")

@@ -16,6 +16,8 @@ from cloud_aggregator.progress import say
 from cloud_aggregator.reproduce import folder, runner
 from cloud_aggregator.reproduce.document import Judged, summary
 from cloud_aggregator.reproduce.fig4 import EXPERIMENTS, names_of, plan, seeds_of
+from cloud_aggregator.reproduce.pareto.command import pareto
+from cloud_aggregator.reproduce.rewards_command import fig5
 from cloud_aggregator.reproduce.words import NO_EVIDENCE
 
 _OUT, _QUICK_OUT = Path("runs/fig4"), Path("runs/fig4-quick")
@@ -91,6 +93,10 @@ def fig4(
     if as_json:
         click.echo(json.dumps(outputs.as_json(where, comparison, found)))
     return 0
+
+
+reproduce.add_command(fig5)
+reproduce.add_command(pareto)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

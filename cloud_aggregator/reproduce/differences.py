@@ -10,13 +10,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from cloud_aggregator.reproduce.gather import RunFigures, Runs
 from cloud_aggregator.reproduce.words import counted, named, signed
 
 Sign = Literal["more", "less", "none", "unknown"]
-Value = Callable[[RunFigures], float | None]
+Run = TypeVar("Run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,12 @@ class Difference:
         return f"{number} of {counted(len(self.values), 'seed')}"
 
 
-def difference(runs: Runs, ours: str, theirs: str, of: Value) -> Difference | None:
+def difference(
+    runs: Mapping[str, Mapping[int, Run]],
+    ours: str,
+    theirs: str,
+    of: Callable[[Run], float | None],
+) -> Difference | None:
     """Return the difference of a value over the seeds that both methods have, or None."""
     a, b = values(runs, ours, of), values(runs, theirs, of)
     pairs = [a[seed] - b[seed] for seed in sorted(set(a) & set(b))]
@@ -68,9 +73,11 @@ def final_points(run: RunFigures) -> float | None:
     return None if run.final is None else 100 * run.final
 
 
-def values(runs: Runs, method: str, of: Value) -> dict[int, float]:
+def values(
+    runs: Mapping[str, Mapping[int, Run]], method: str, of: Callable[[Run], float | None]
+) -> dict[int, float]:
     """Return what is known of a value, by seed."""
-    by_seed: Mapping[int, RunFigures] = runs.get(method, {})
+    by_seed: Mapping[int, Run] = runs.get(method, {})
     return {seed: v for seed, run in by_seed.items() if (v := of(run)) is not None}
 
 

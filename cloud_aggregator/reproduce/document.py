@@ -78,6 +78,8 @@ def command(settings: Settings, rounds: int, local_steps: int) -> str:
     words += ["--seeds", ",".join(map(str, settings.seeds))]
     words += ["--rounds", str(rounds), "--local-steps", str(local_steps)]
     words += ["--model", Path(settings.model).name, "--data", Path(settings.data).name]
+    if settings.batch_size is not None:
+        words += ["--batch-size", str(settings.batch_size)]
     if settings.held_out_share is not None:
         words += ["--held-out-share", f"{settings.held_out_share:g}"]
     if settings.experiments != EXPERIMENTS:
@@ -94,7 +96,7 @@ def _section(experiment: Judged) -> str:
     gathered = experiment.gathered
     parts = [
         f"## {gathered.name}",
-        f"{_capital(gathered.learning)}. {_capital(gathered.priced)}. "
+        f"{capital(gathered.learning)}. {capital(gathered.priced)}. "
         f"{counted(len(gathered.seeds), 'seed')}.",
     ]
     if gathered.missing:
@@ -126,7 +128,7 @@ def _repeat(
     shown = "; ".join(f"{key} {getattr(experiment, key)}" for key in _SHOWN)
     seconds = sum(r.observed.wall_seconds for record in records.values() for r in record.rounds)
     lines = [
-        f"    {command(settings, experiment.rounds, experiment.local_steps)}\n",
+        f"    {command(settings, experiment.total_rounds, experiment.steps_of('instruction'))}\n",
         f"- Seeds: {', '.join(map(str, settings.seeds))}.",
         f"- Settings: {shown}.",
         f"- Runs: {len(records)} of {len(runs)}; their rounds took {duration(seconds)} in all.",
@@ -138,11 +140,11 @@ def _repeat(
         for r in records.values()
     }
     lines += [f"- Hashes: {text}." for text in sorted(hashes)]
-    lines += [f"- {text}" for text in _machines(runs, records, out)]
+    lines += [f"- {text}" for text in machines(runs, records, out)]
     return "\n".join(lines)
 
 
-def _machines(runs: Sequence[PlannedRun], records: Mapping[str, RunRecord], out: Path) -> list[str]:
+def machines(runs: Sequence[PlannedRun], records: Mapping[str, RunRecord], out: Path) -> list[str]:
     """Return what the runs say that they ran on, and how many of them."""
     found: Counter[str] = Counter()
     for run in runs:
@@ -160,5 +162,6 @@ def _machines(runs: Sequence[PlannedRun], records: Mapping[str, RunRecord], out:
     return [f"{text} ({counted(n, 'run')})" if many else text for text, n in found.items()]
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
+    """Return a text as a sentence begins."""
     return text[:1].upper() + text[1:]

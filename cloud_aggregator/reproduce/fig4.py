@@ -33,32 +33,40 @@ VARIANTS = ("vanilla-fl-own", "fedlora-own", "fedlora-product")
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class Settings(Config):
-    """What is compared, and at what length.
+class Common(Config):
+    """What every reproduction is a function of.
 
     Attributes:
         seeds: Each draws a fleet, a partition, channels and initial modules for every method.
-        rounds: Instead of the experiments' own.
-        local_steps: Likewise.
-        batch_size: Likewise.
         model: The base that learns.
         data: ``kit``, ``alpaca`` or a file.
-        held_out_share: Of each client's examples, instead of the experiments' own.
-        experiments: Names in ``EXPERIMENTS``.
-        methods: Names in the methods table.
         quick: Too short to be evidence of anything; every output says so.
     """
 
     seeds: tuple[Seed, ...] = (0, 1, 2)
+    model: str = "mini"
+    data: str = "kit"
+    quick: bool = False
+
+
+class Settings(Common):
+    """What is compared, and at what length.
+
+    Attributes:
+        rounds: Instead of the experiments' own.
+        local_steps: Likewise.
+        batch_size: Likewise.
+        held_out_share: Of each client's examples, instead of the experiments' own.
+        experiments: Names in ``EXPERIMENTS``.
+        methods: Names in the methods table.
+    """
+
     rounds: Positive | None = None
     local_steps: Positive | None = None
     batch_size: Positive | None = None
-    model: str = "mini"
-    data: str = "kit"
     held_out_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     experiments: tuple[str, ...] = EXPERIMENTS
     methods: tuple[str, ...] = (*FIGURE, *VARIANTS)
-    quick: bool = False
 
 
 #: What ``--quick`` sets where nothing else is said.
@@ -99,17 +107,22 @@ def plan(settings: Settings, width: int, how: dict[str, Any] | None = None) -> l
     """
     drawn = [m for m in settings.methods if m in FIGURE]
     others = [m for m in settings.methods if m not in FIGURE]
+    return merged(
+        (name, experiment_of(name, method, seed, settings=settings, width=width, how=how or {}))
+        for methods in (drawn, others)
+        for seed in settings.seeds
+        for name in settings.experiments
+        for method in methods
+    )
+
+
+def merged(found: Iterable[tuple[str, Experiment]]) -> list[PlannedRun]:
+    """Return every run once, with the names of all that it serves."""
     runs: dict[str, PlannedRun] = {}
-    for methods in (drawn, others):
-        for seed in settings.seeds:
-            for name in settings.experiments:
-                for method in methods:
-                    found = experiment_of(
-                        name, method, seed, settings=settings, width=width, how=how or {}
-                    )
-                    known = runs.get(found.run_name)
-                    serves = (*known.serves, name) if known else (name,)
-                    runs[found.run_name] = PlannedRun(experiment=found, serves=serves)
+    for name, experiment in found:
+        known = runs.get(experiment.run_name)
+        serves = (*known.serves, name) if known else (name,)
+        runs[experiment.run_name] = PlannedRun(experiment=experiment, serves=serves)
     return list(runs.values())
 
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloud_aggregator.records import ClientRound, RoundRecord, RunRecord, weighted_mean
+from cloud_aggregator.records import ClientRound, RoundRecord, RunRecord
 from cloud_aggregator.reproduce.fig4 import PlannedRun, Settings, learning_rank, priced_rank
 from cloud_aggregator.reproduce.folder import record_of, rounds_left
 from cloud_aggregator.reproduce.words import learning_label, priced_label
+from cloud_aggregator.summary import weighted_mean
 from device_profiles.errors import InputError
 
 
@@ -143,7 +144,7 @@ def _experiment(
     found: dict[str, dict[int, RunFigures]] = {run.experiment.method: {} for run in runs}
     missing = []
     for run in runs:
-        record, wanted = records.get(run.name), run.experiment.rounds
+        record, wanted = records.get(run.name), run.experiment.total_rounds
         left = rounds_left(run, record)
         if record is not None and not left:
             found[run.experiment.method][run.experiment.seed] = figures(record, wanted)
@@ -189,6 +190,7 @@ def _check_alike(records: Mapping[str, RunRecord]) -> None:
             ("base", first[1].model.sha256, record.model.sha256),
             ("tokenizer", first[1].model.tokenizer_sha256, record.model.tokenizer_sha256),
             ("data", first[1].data.sha256, record.data.sha256),
+            *_pairs_of_both(first[1], record),
         ):
             if then != now:
                 raise InputError(
@@ -196,3 +198,9 @@ def _check_alike(records: Mapping[str, RunRecord]) -> None:
                     "differs), so they cannot be compared; remove one of their folders, or start "
                     "in another --out"
                 )
+
+
+def _pairs_of_both(first: RunRecord, other: RunRecord) -> list[tuple[str, str, str]]:
+    """Return the hashes of what both learn rewards from: a method may use one objective alone."""
+    then, now = first.data.preferences, other.data.preferences
+    return [(f"{name} pairs", then[name], now[name]) for name in then if name in now]

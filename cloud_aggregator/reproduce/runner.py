@@ -18,6 +18,7 @@ from cloud_aggregator.records import RunRecord
 from cloud_aggregator.reports.words import duration
 from cloud_aggregator.reproduce.fig4 import PlannedRun
 from cloud_aggregator.reproduce.folder import folder_of, record_of, rounds_left
+from cloud_aggregator.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from cloud_aggregator.server import Aggregator
@@ -121,7 +122,7 @@ class RunsView:
         """Show that a run begins, or goes on with so many rounds left."""
         self._number += 1
         self._run_began = self._clock()
-        done = run.experiment.rounds - left
+        done = run.experiment.total_rounds - left
         said = f"; it goes on after round {done}" if done else ""
         self._title = f"run {self._number} of {self._runs}: {run.words}"
         say(self._console, f"{self._title}{said}")
@@ -159,9 +160,21 @@ def carry_out(
     out: Path,
     console: Console,
     *,
+    name: str = "fig4",
     clock: Callable[[], float] = time.monotonic,
+    watch: Callable[[RunFolder], Callable[..., None]] = lambda _folder: _overlook,
+    after: Callable[[PlannedRun], None] = lambda _run: None,
 ) -> None:
     """Do every run that is not done, each in its folder below ``out``.
+
+    Args:
+        runs: All of them.
+        out: The folder of the comparison.
+        console: Where it is shown.
+        name: Of the command, for how to go on.
+        clock: Seconds.
+        watch: Given a run's folder, what is told of all that happens in it.
+        after: Called with each run once it is done, also with those that were done before.
 
     Raises:
         StoppedError: If Ctrl-C or SIGTERM asked for it.
@@ -172,23 +185,41 @@ def carry_out(
 
     to_do = [(run, left) for run in runs if (left := rounds_left(run, record_of(out, run)))]
     there, rounds = len(runs) - len(to_do), sum(left for _, left in to_do)
+    waiting = {run.name for run, _ in to_do}
+    for run in runs:
+        if run.name not in waiting:
+            after(run)
     with (
         Interruption() as interruption,
         RunsView(console, runs=len(runs), there=there, rounds=rounds, clock=clock) as view,
     ):
         for number, (run, left) in enumerate(to_do, there + 1):
             folder = folder_of(out, run)
+            notify = _both(view, watch(folder))
             view.begin(run, left=left)
             record = emulate(
                 run.experiment,
                 folder.path,
                 resume=folder.record_path.exists(),
-                notify=view,
+                notify=notify,
                 on_start=interruption.watch,
             )
             if record.status == "stopped" or interruption.asked:
                 raise StoppedError(
                     f"interrupted in run {number} of {len(runs)}, everything is kept; go on with "
-                    f"pwff reproduce fig4 --out {shlex.quote(str(out))}"
+                    f"pwff reproduce {name} --out {shlex.quote(str(out))}"
                 )
+            after(run)
             view.end(record)
+
+
+def _both(*listeners: Callable[..., None]) -> Callable[..., None]:
+    def tell(event: str, **fields: Any) -> None:
+        for listener in listeners:
+            listener(event, **fields)
+
+    return tell
+
+
+def _overlook(_event: str, **_fields: Any) -> None:
+    """Take no notice."""

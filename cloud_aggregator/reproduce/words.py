@@ -27,7 +27,7 @@ def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
     """Return the mean and, of two or more, the sample standard deviation; a dash for none."""
     if not values:
         return NONE
-    mean = f"{statistics.fmean(values):.{digits}f}"
+    mean = f"{statistics.fmean(values):.{digits}f}".replace("-", "\u2212")
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 

@@ -166,6 +166,11 @@ def find_on_device(state_folder: Path, shared: Path | None, base: str) -> Person
 
 def _of_device(state: ClientState, shared: Tensors, folder: Path) -> Tensors:
     """Return what the device trained: its moments name it, whoever holds the tensors."""
+    if shared and not state.first_moments:
+        raise InputError(
+            f"the newest state in {folder} is of a stage that has not trained the model yet "
+            f"('{state.stage}', round {state.round}); export again after a round of alignment"
+        )
     tensors = {n: t for n, t in shared.items() if n in state.first_moments} | state.personal
     absent = sorted(set(state.first_moments) - set(tensors))
     if absent:

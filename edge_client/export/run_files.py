@@ -26,7 +26,8 @@ class RunFiles:
         model: The base, as the run found it.
         hashes: SHA-256 of ``base`` and ``tokenizer``.
         clients: Id to the client's record.
-        rounds: Numbers of the finished rounds, in their order.
+        rounds: Numbers of the finished rounds that trained the model, in their order; those of
+            reward learning do not.
         settings: The experiment (emulated) or service (deployed).
         data_sha256: Of the examples that were divided among the clients.
     """
@@ -44,7 +45,8 @@ class RunFiles:
     def global_path(self, round_: int) -> Path:
         """Return the newest global state at the end of a round: an empty round makes none."""
         kept = [int(p.name) for p in (self.folder / "global").glob("*") if p.name.isdecimal()]
-        newest = max((number for number in kept if number <= round_), default=round_)
+        own = {0, *self.rounds}
+        newest = max((n for n in kept if n <= round_ and n in own), default=round_)
         return self.folder / "global" / str(newest) / "shared.safetensors"
 
 
@@ -74,7 +76,7 @@ def read_run(folder: Path) -> RunFiles:
                 "tokenizer": str(record["model"]["tokenizer_sha256"]),
             },
             clients={str(c["id"]): c for c in record["clients"]},
-            rounds=tuple(int(r["round"]) for r in record["rounds"]),
+            rounds=tuple(int(r["round"]) for r in record["rounds"] if r["stage"] != "reward"),
             settings=settings,
             data_sha256=record.get("data", {}).get("sha256"),
         )

@@ -10,7 +10,7 @@ R rank, P response tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -176,6 +176,55 @@ def cross_entropy(
         share, sums = _rows_gradient(hidden[rows], targets[rows, None], head, losses[rows])
         torch.mul(share, weight / sums, out=gradient[rows])
     return losses.double().sum(), gradient
+
+
+def log_probabilities(
+    hidden: Tensor, targets: Tensor, head: FrozenMatrix, temperature: float
+) -> Tensor:
+    """Return the log-probability of each target, nats; the logits are divided by ``temperature``.
+
+    Shapes (P, D), (P,) -> (P,).
+    """
+    found = hidden.new_empty(len(hidden))
+    chunk = _rows_at_once(len(hidden), head)
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        logits = head.times(hidden[rows] / temperature)  # (rows, V)
+        logits.sub_(logits.amax(1, keepdim=True))
+        chosen = logits.gather(1, targets[rows, None])[:, 0]
+        torch.sub(chosen, logits.exp_().sum(1).log(), out=found[rows])
+    return found
+
+
+def log_probability_gradient(
+    hidden: Tensor,
+    targets: Tensor,
+    head: FrozenMatrix,
+    slopes: Callable[[Tensor, slice], Tensor],
+    temperature: float,
+) -> Tensor:
+    """Return the gradient to ``hidden`` of a loss that is a function of ``log_probabilities``.
+
+    The logits are computed once, for some rows at a time, and never kept.
+
+    Args:
+        hidden: Shape (P, D).
+        targets: Shape (P,).
+        head: Shape (V, D).
+        slopes: From the log-probabilities of some rows, and which rows these are, the derivative of
+            the loss by each. Shape (rows,) -> (rows,).
+        temperature: That the logits are divided by.
+    """
+    gradient = torch.empty_like(hidden)
+    losses = hidden.new_empty(len(hidden), 1)
+    chunk = _rows_at_once(len(hidden), head)
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        cooled = hidden[rows] / temperature
+        share, sums = _rows_gradient(cooled, targets[rows, None], head, losses[rows])
+        slope = slopes(-losses[rows, 0], rows)[:, None]
+        torch.mul(share, slope / (-temperature * sums), out=gradient[rows])
+    return gradient
 
 
 def _rows_gradient(

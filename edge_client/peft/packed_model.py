@@ -8,6 +8,7 @@ Shape letters: N tokens of a batch, P response tokens, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,6 +121,11 @@ class PackedModel:
     def device(self) -> torch.device:
         """Where it computes."""
         return self._values.device
+
+    @property
+    def blocks(self) -> Sequence[TunedBlock]:
+        """The base's blocks with the modules that are active now."""
+        return self._blocks
 
     # -- the trainable tensors ---------------------------------------------------------------------
 

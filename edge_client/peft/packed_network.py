@@ -50,31 +50,60 @@ def block_forward(
     Shape (N, D) -> (P, D).
     """
     kept = Kept()
-    frozen, hold = block.frozen, kept.tensors
-    normal = _norm(inputs, frozen.ln_1, block.epsilon, "ln_1", hold)
-    joint = frozen.qkv.matrix.times(normal, frozen.qkv.bias)  # (N, 3 D)
-    _add_lora(block, "qkv", normal, joint, kept)
+    joint = project(block, inputs, kept)
     mixed, kept.attention = attention_forward(joint, groups, block.heads)
     hidden = inputs
     if places is not None:  # nothing else of the last block is looked at
         mixed, hidden = mixed[places], inputs[places]
+    hidden = finish(block, hidden, mixed, kept, slope=keep)
+    if keep:
+        kept.tensors["joint"] = joint
+    return hidden, kept
+
+
+def project(block: TunedBlock, inputs: Tensor, kept: Kept) -> Tensor:
+    """Return query, key and value side by side: a block up to its attention.
+
+    Shape (N, D) -> (N, 3 D).
+    """
+    frozen = block.frozen
+    normal = _norm(inputs, frozen.ln_1, block.epsilon, "ln_1", kept.tensors)
+    joint = frozen.qkv.matrix.times(normal, frozen.qkv.bias)
+    _add_lora(block, "qkv", normal, joint, kept)
+    return joint
+
+
+def finish(block: TunedBlock, inputs: Tensor, mixed: Tensor, kept: Kept, *, slope: bool) -> Tensor:
+    """Return a block's output: all that follows its attention.
+
+    Args:
+        block: The same.
+        inputs: Of the block. Shape (P, D).
+        mixed: What attention gave, its heads side by side. Shape (P, D).
+        kept: Added to.
+        slope: Whether to keep the slope of the activation, for a backward pass.
+
+    Returns:
+        Shape (P, D).
+    """
+    frozen, hold = block.frozen, kept.tensors
     attended = frozen.attention_out.matrix.times(mixed, frozen.attention_out.bias)
-    hidden = hidden + attended
+    hidden = inputs + attended
     _add_adapter(block, "attention", attended, hidden, hold)
     normal = _norm(hidden, frozen.ln_2, block.epsilon, "ln_2", hold)
     inner = frozen.mlp_in.matrix.times(normal, frozen.mlp_in.bias)
     _add_lora(block, "mlp_in", normal, inner, kept)
-    active, slope = gelu_forward(inner, block.gelu, slope=keep)
+    active, slopes = gelu_forward(inner, block.gelu, slope=slope)
     changed = frozen.mlp_out.matrix.times(active, frozen.mlp_out.bias)
     _add_lora(block, "mlp_out", active, changed, kept)
-    if slope is not None:
-        hold["joint"], hold["slope"] = joint, slope
+    if slopes is not None:
+        hold["slope"] = slopes
     hidden = hidden + changed
     _add_adapter(block, "mlp", changed, hidden, hold)
     if block.adapters:
         before, hidden = hidden, hidden.clone()
         _add_adapter(block, "block", before, hidden, hold)
-    return hidden, kept
+    return hidden
 
 
 def block_backward(

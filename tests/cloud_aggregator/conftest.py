@@ -24,9 +24,11 @@ from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.server import Aggregator
 from cloud_aggregator.settings import RunSettings
+from cloud_aggregator.stages import StagePlan
 from device_profiles.modules import BaseShape
 from edge_client.host import Host
 from edge_client.local_client import Result, Setup
+from edge_client.stage_work import GlobalStates
 from messaging import topics
 from messaging.chunks import Missing, chunk_count, make_chunk, parse_chunk
 from messaging.codecs import BlobHeader, encode_blob
@@ -195,7 +197,7 @@ class Teacher:
         self.setup = Setup(
             run=RUN,
             method=method or ("pwff" if layout.specs else "local-only"),
-            layout=layout,
+            layouts={"instruction": layout},
             placement="qkv",
             adapter_size=SIZE,
             lora_rank=2,
@@ -207,9 +209,10 @@ class Teacher:
         self._worst = worst
         self._before_work = before_work
 
-    def perform(self, task: Task, shared: Vector | None, download_bytes: int) -> Result:
+    def perform(self, task: Task, states: GlobalStates, download_bytes: int) -> Result:
         """Do a task at once."""
         self._before_work(task)
+        shared = states.shared
         costs = Costs(download_bytes=download_bytes, downlink_seconds=download_bytes / 1000)
         if task.work == "evaluate":
             self.outcomes.append(task.outcome)
@@ -396,30 +399,46 @@ class Clock:
         return self.now
 
 
+PLAN = ("layout", "rounds", "local_steps", "epsilon", "patience")
+
+
+def plan_of(**changes: Any) -> StagePlan:
+    """Return two rounds of instruction tuning."""
+    fields: dict[str, Any] = {
+        "stage": "instruction",
+        "layout": LAYOUT,
+        "rounds": 2,
+        "local_steps": 1,
+        "batch_size": 1,
+        "learning_rate": 0.1,
+        "epsilon": 0.0,
+        "patience": 0,
+    }
+    return StagePlan(**{**fields, **changes})
+
+
 def settings_of(**changes: Any) -> RunSettings:
-    """Return a run of two rounds of three clients in virtual time."""
+    """Return a run of two rounds of three clients in virtual time.
+
+    What changes is of the run, or of its one stage.
+    """
+    part = {name: changes.pop(name) for name in PLAN if name in changes}
     fields: dict[str, Any] = {
         "run": RUN,
         "method": "pwff",
         "seed": 7,
         "modules": MODULES,
-        "layout": LAYOUT,
+        "stages": (plan_of(**part),),
         "binding": BINDING,
         "clients": 3,
         "minimum_clients": 3,
         "gather_seconds": LIMIT,
-        "rounds": 2,
-        "local_steps": 1,
-        "batch_size": 1,
-        "learning_rate": 0.1,
         "codec": "fp32",
         "max_length": 8,
         "chunk_bytes": CHUNK,
         "rules": RoundRules(quorum=1.0, deadline_seconds=1000.0),
         "virtual_time": True,
         "patience_seconds": LIMIT,
-        "epsilon": 0.0,
-        "patience": 0,
     }
     return RunSettings(**{**fields, **changes})
 

@@ -38,6 +38,10 @@ TRAVELS = {
     "fedlora-own": (False, True),
     "fedlora-product": (False, True),
     "local-only": (False, False),
+    "sfl": (True, False),
+    "pfl": (True, True),
+    "shepherd": (False, True),
+    "shepherd-aligned": (False, True),
 }
 SHARING_LORA = [name for name, (_, lora) in TRAVELS.items() if lora]
 
@@ -108,10 +112,10 @@ def test_methods_that_share_the_same_tensors_have_the_same_layout() -> None:
     for name, sha256 in layouts.items():
         alike.setdefault(sha256, set()).add(name)
     assert sorted(map(sorted, alike.values())) == [
-        ["fedada", "pwff"],
-        ["fedlora", "fedlora-own", "fedlora-product"],
+        ["fedada", "pwff", "sfl"],
+        ["fedlora", "fedlora-own", "fedlora-product", "shepherd", "shepherd-aligned"],
         ["local-only"],
-        ["vanilla-fl", "vanilla-fl-own"],
+        ["pfl", "vanilla-fl", "vanilla-fl-own"],
     ]
     assert layouts["pwff"] == shared_layout(METHODS["pwff"], modules(rank=96)).sha256
     assert layouts["pwff"] != shared_layout(METHODS["pwff"], modules(adapter_size=11)).sha256
@@ -210,7 +214,8 @@ def test_only_what_is_trained_is_shared(method: object) -> None:
 
 def test_the_baselines_hold_all_modules_and_their_variants_what_a_device_affords() -> None:
     everywhere = {name for name, method in METHODS.items() if method.lora == "all"}
-    assert everywhere == {"vanilla-fl", "fedlora", "fedlora-product"}
+    baselines = {"vanilla-fl", "fedlora", "fedlora-product"}
+    assert everywhere == baselines | {"pfl", "shepherd", "shepherd-aligned"}
 
 
 def test_products_are_averaged_only_where_both_factors_travel() -> None:

@@ -17,9 +17,8 @@ from cloud_aggregator.records import (
     RoundRecord,
     RunRecord,
     Summary,
-    summarise,
-    weighted_mean,
 )
+from cloud_aggregator.summary import summarise, weighted_mean
 from tests.cloud_aggregator.conftest import device, record_of
 
 

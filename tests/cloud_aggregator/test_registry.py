@@ -108,6 +108,30 @@ def test_a_refused_hello_takes_nothing_from_the_session_that_is_there(registry: 
     assert registry.online == ["a"]
 
 
+def scoring(client: str, words: str, **changes: Any) -> Hello:
+    """Return a HELLO of a device that scores responses so."""
+    record = device(client).model_copy(update={"scoring": words})
+    return hello(client, device=record, **changes)
+
+
+@pytest.mark.parametrize("words", ["fp32:" + "a" * 64, "int8:" + "b" * 64, ""])
+def test_a_device_that_scores_by_something_else_is_refused(words: str, registry: Registry) -> None:
+    registry.greeted(scoring("a", "int8:" + "a" * 64))
+    assert registry.greeted(scoring("b", "int8:" + "a" * 64))
+    with pytest.raises(ProtocolError, match=f"'c' scores responses by '{words}' and the") as told:
+        registry.greeted(scoring("c", words))
+    assert told.value.code == "layout"
+    assert "another trunk precision, or another reference set; give it theirs" in told.value.reason
+    assert registry.online == ["a", "b"]
+    assert "c" not in registry.devices
+
+
+def test_a_device_alone_may_come_back_with_another_way_of_scoring(registry: Registry) -> None:
+    registry.greeted(scoring("a", "fp32:" + "a" * 64))
+    assert registry.greeted(scoring("a", "int8:" + "a" * 64, session=LATER))
+    assert registry.devices["a"].scoring == "int8:" + "a" * 64
+
+
 def test_a_device_that_comes_back_brings_its_newest_record(registry: Registry) -> None:
     registry.greeted(hello())
     registry.greeted(hello(session=LATER, device=device("a", examples=9)))

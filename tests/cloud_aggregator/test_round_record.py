@@ -77,7 +77,12 @@ def entry(power: Power, costs: Costs, *, waited: float, before: float | None) ->
         observed=Observed(),
     )
     made = round_record(
-        [device("a", power)], intake, {"a": report}, before=earlier, observed=Observed()
+        [device("a", power)],
+        intake,
+        {"a": report},
+        stage="instruction",
+        before=earlier,
+        observed=Observed(),
     )
     (only,) = made.clients
     return only

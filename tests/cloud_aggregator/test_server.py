@@ -330,6 +330,12 @@ def test_products_are_averaged_where_the_method_says_so(stage: Stage) -> None:
         np.testing.assert_allclose(product, np.tile(row, (8, 1)), atol=1e-5)
 
 
+def with_rounds(settings: RunSettings, rounds: int) -> RunSettings:
+    """Return a run of one stage with another number of rounds."""
+    (plan,) = settings.stages
+    return dataclasses.replace(settings, stages=(dataclasses.replace(plan, rounds=rounds),))
+
+
 def test_a_run_that_shares_lora_goes_on_from_its_newest_state(stage: Stage) -> None:
     settings, layout = lora_run("vanilla-fl-own")
     record = record_of(method="vanilla-fl-own")
@@ -340,7 +346,7 @@ def test_a_run_that_shares_lora_goes_on_from_its_newest_state(stage: Stage) -> N
                 for client, count in (("a", 2), ("b", 4), ("c", 6))
             )
         )
-        record = stage.aggregator(dataclasses.replace(settings, rounds=rounds), record).run()
+        record = stage.aggregator(with_rounds(settings, rounds), record).run()
         stage.leave()
     assert [r.round for r in record.rounds] == [1, 2]
     first, second = lora_state(stage.path, 1), lora_state(stage.path, 2)

@@ -12,7 +12,13 @@ from device_profiles.errors import InputError
 from device_profiles.modules import BaseShape
 from device_profiles.step_model import Pass, StepShape, trainable_parameters
 from device_profiles.step_products import pass_flops, products
-from device_profiles.step_time import PRODUCT_MOVES, UNPACKED_BYTES, Machine, step_seconds
+from device_profiles.step_time import (
+    OTHER_MOVES,
+    PRODUCT_MOVES,
+    UNPACKED_BYTES,
+    Machine,
+    step_seconds,
+)
 
 SHAPE = StepShape(
     base=BaseShape(layers=12, width=768, inner=3072),
@@ -87,6 +93,19 @@ def test_unpacking_touches_every_matrix_on_both_ways_and_the_head_for_each_part_
     for precision, moved in UNPACKED_BYTES.items():
         found = step_seconds(SHAPE, 24, PASS, machine, precision=precision)
         assert found.unpacking == pytest.approx(moved * touched / 1e10)
+
+
+@pytest.mark.parametrize(
+    ("precision", "passes"), [("fp32", 0), ("bf16", 2), ("int8", 3), ("nf4", 2)]
+)
+def test_a_result_of_an_unpacked_weight_is_gone_over_besides(precision: str, passes: int) -> None:
+    machine = Machine(flops=1e11, bandwidth=1e10)
+    # there: three, one, four and one times the width a block, and a word's logits; back: once each
+    # and four times for what the blocks' last product was given, but not in the first block's first
+    results = 512 * (12 * (9 + 7) * 768 - 768 + 50_257 + 768)
+    dense, held = (step_seconds(SHAPE, 24, PASS, machine, precision=p) for p in ("fp32", precision))
+    assert held.moves - dense.moves == pytest.approx(passes * OTHER_MOVES * 4 * results / 1e10)
+    assert (held.products, held.overhead) == (dense.products, dense.overhead)
 
 
 @given(

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 
-from device_profiles.methods import ModuleShape
+from device_profiles.channel import Link
+from device_profiles.methods import ModuleShape, Objective, find_method
 from device_profiles.modules import adapter_tensors, lora_sites, lora_tensors
+from device_profiles.profile import find_profile
+from device_profiles.reward_heads import HIDDEN, initial_heads
+from edge_client.costs import stage_layout
 from edge_client.data.instructions import Example
-from edge_client.local_client import Setup
+from edge_client.data.own_data import OwnData
+from edge_client.data.preferences import Pair
+from edge_client.data.prompt_files import Prompt
+from edge_client.local_client import LocalClient, Setup
+from edge_client.peft.packed_model import PackedModel
 from edge_client.peft.tuned_model import TunedModel
+from edge_client.reward.judging import Judging, heads_layout
+from edge_client.state import StateStore
+from edge_client.works import build_works
 from messaging import topics
-from messaging.layout import Layout, Tensors, TensorSpec
+from messaging.layout import Layout, Tensors, TensorSpec, Vector
 from messaging.memory import MemoryNetwork
 from messaging.protocol import (
     Channel,
@@ -24,11 +36,13 @@ from messaging.protocol import (
     Manifest,
     Message,
     Preference,
+    Stage,
     Task,
     decode,
     encode,
 )
 from quantization.base_model import Base, load_base, set_threads
+from quantization.frozen_gpt2 import load_frozen
 from quantization.identity import BaseIdentity, identify
 
 Kind = TypeVar("Kind")
@@ -112,7 +126,7 @@ def a_setup(layout: Layout, *, chunk_bytes: int = 4096, **changes: Any) -> Setup
     """Return what the clients of the run ``trial`` have in common."""
     return Setup(
         run="trial",
-        layout=layout,
+        layouts={"instruction": layout, "reward": layout},
         placement="qkv",
         adapter_size=ADAPTER_SIZE,
         lora_rank=RANK,
@@ -169,6 +183,120 @@ def a_task(client: str = "pi5-01", **changes: Any) -> Task:
         "max_length": 96,
     }
     return Task(**{**fields, **changes})
+
+
+def some_pairs(objective: Objective, first: int, count: int) -> list[Pair]:
+    """Return pairs of prompts of their own, numbered from ``first``."""
+    ends = {"helpfulness": ("It is four.", "No."), "harmlessness": ("Please wait.", "Go and run.")}
+    better, worse = ends[objective]
+    return [
+        Pair(instruction=f"Name the {objective} {i}.", chosen=f"{better} {i}", rejected=worse)
+        for i in range(first, first + count)
+    ]
+
+
+def own_data(objectives: Sequence[Objective]) -> OwnData:
+    """Return what a client of three stages holds: six pairs an objective, two of them held out."""
+    pairs = {name: some_pairs(name, 0, 4) for name in objectives}
+    held_out = {name: some_pairs(name, 4, 2) for name in objectives}
+
+    def prompts(side: dict[Objective, list[Pair]]) -> list[Prompt]:
+        return [Prompt(instruction=pair.instruction) for own in side.values() for pair in own]
+
+    return OwnData(
+        examples=EXAMPLES[:4],
+        held_out=EXAMPLES[4:],
+        pairs=pairs,
+        held_out_pairs=held_out,
+        prompts=prompts(pairs),
+        held_out_prompts=prompts(held_out),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Academy:
+    """Clients that learn in three stages, on one model and one trunk.
+
+    Attributes:
+        folder: Of the clients' folders, each named after its client.
+    """
+
+    model: PackedModel
+    judging: Judging
+    folder: Path
+
+    @property
+    def shape(self) -> ModuleShape:
+        """Modules of the run."""
+        return modules(self.model.base.identity)
+
+    def setup(self, method: str = "pwff") -> Setup:
+        """Return what the clients of a run of three stages have in common."""
+        names: tuple[Stage, ...] = ("instruction", "reward", "alignment")
+        layouts = {name: stage_layout(name, find_method(method), self.shape) for name in names}
+        return replace(a_setup(layouts["instruction"], method=method), layouts=layouts)
+
+    def make(
+        self,
+        client: str = "pi5-01",
+        *,
+        method: str = "pwff",
+        data: OwnData | None = None,
+        **device: Any,
+    ) -> LocalClient:
+        """Make a client; what is in its folder is its state."""
+        setup, record = self.setup(method), a_device(client, preference_pairs=8, **device)
+        folder = self.folder / client
+        data = data or own_data(find_method(method).objectives)
+        works = build_works(setup, self.model, record, data, judging=self.judging, folder=folder)
+        return LocalClient(
+            setup,
+            works,
+            base=self.model.base.identity,
+            device=record,
+            profile=find_profile("raspberry-pi-5-8gb"),
+            link=Link(snr_db=5.0, bandwidth_hz=1e6, transmit_watts=0.5),
+            folder=folder,
+            clock=lambda: 0.0,
+        )
+
+    def elsewhere(self, name: str) -> Academy:
+        """Return the same with empty folders."""
+        return replace(self, folder=self.folder / name)
+
+    def store(self, client: str = "pi5-01") -> StateStore:
+        """Return what a client keeps."""
+        return StateStore(self.folder / client)
+
+    def adapters(self, seed: int = 0) -> Vector:
+        """Return adapters that have learned something. Shape (layout size,)."""
+        tensors = random_tensors(self.model.base.identity, count=0, seed=seed)
+        return 0.1 * adapter_layout(self.model.base.identity).pack(tensors)
+
+    def heads(self, *objectives: Objective) -> Vector:
+        """Return reward models. Shape (layout size,)."""
+        tensors = initial_heads(objectives, self.shape.base.width, HIDDEN, seed=5)
+        return heads_layout(objectives, self.shape.base.width).pack(tensors)
+
+
+@pytest.fixture(scope="session")
+def shared_judging(identity: BaseIdentity) -> Judging:
+    """Return a trunk; nothing that a client does changes it."""
+    return Judging(load_frozen(identity, "fp32"))
+
+
+@pytest.fixture
+def academy(identity: BaseIdentity, shared_judging: Judging, tmp_path: Path) -> Academy:
+    """Return a model of the test's own, and an empty folder."""
+    model = PackedModel(
+        shared_judging.base,
+        adapter_size=ADAPTER_SIZE,
+        placement="qkv",
+        lora_count=36,
+        lora_rank=RANK,
+    )
+    assert model.base.identity == identity
+    return Academy(model=model, judging=shared_judging, folder=tmp_path)
 
 
 class Cloud:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 
 from edge_client.agent import Agent
 from edge_client.local_client import Result
+from edge_client.stage_work import GlobalStates
 from messaging import topics
 from messaging.chunks import Missing, chunk_count, make_chunk, parse_chunk, wire_bytes
 from messaging.codecs import BlobHeader, encode_blob
@@ -87,8 +88,8 @@ class _Local:
     result: Result = TRAINED
     performed: list[tuple[Task, Vector | None, int]] = field(default_factory=list)
 
-    def perform(self, task: Task, shared: Vector | None, download_bytes: int) -> Result:
-        self.performed.append((task, shared, download_bytes))
+    def perform(self, task: Task, states: GlobalStates, download_bytes: int) -> Result:
+        self.performed.append((task, states.shared, download_bytes))
         return self.result
 
 
@@ -503,6 +504,140 @@ def test_a_state_that_no_task_needs_any_more_is_not_asked_for(device: Device) ->
     device.agent.tick(1000.0)
     assert device.said() == []
     assert len(device.work) == 1
+
+
+# -- what alignment needs besides ------------------------------------------------------------------
+
+HEADS = Layout((TensorSpec(name="reward.helpfulness.inner.bias", shape=(1500,)),))
+
+
+class _Learner(_Local):
+    """A device of three stages that keeps what it was handed."""
+
+    def __init__(self) -> None:
+        layouts = {"instruction": LAYOUT, "reward": HEADS, "alignment": LAYOUT}
+        setup = replace(a_setup(LAYOUT, chunk_bytes=CHUNK), layouts=layouts)
+        super().__init__(setup=setup, result=EVALUATED)
+        self.handed: list[GlobalStates] = []
+
+    def perform(self, task: Task, states: GlobalStates, download_bytes: int) -> Result:
+        self.handed.append(states)
+        return super().perform(task, states, download_bytes)
+
+
+class _Pupil(Device):
+    """A device of three stages."""
+
+    def __init__(self) -> None:
+        self.learner = _Learner()
+        super().__init__(self.learner)
+
+    def fetch(self, *blobs: bytes) -> list[int]:
+        """Give it all that it asks for; return which of the blobs that is, in its order."""
+        hashes = [hashlib.sha256(blob).hexdigest() for blob in blobs]
+        asked: list[int] = []
+        while self.published:
+            want = self.says(Want)
+            which = hashes.index(want.blob)
+            asked += [which] if not asked or asked[-1] != which else []
+            for index in Missing.from_bitmap(want.missing, 10_000).indices:
+                packet = make_chunk("trial", want.blob, blobs[which], index, CHUNK)
+                self.agent.received(packet, 0.0)
+        return asked
+
+
+TUNED, LEARNED = a_state(3), a_state(5, layout=HEADS)
+
+
+def in_alignment(round_: int, state: bytes, of_round: int, **changes: Any) -> Task:
+    """Return a task of alignment."""
+    refs = {"reward": ref_to(LEARNED, 5), "reference": ref_to(TUNED, 3), **changes}
+    return a_task(CLIENT, stage="alignment", round=round_, state=ref_to(state, of_round), **refs)
+
+
+def test_a_task_of_alignment_asks_for_all_that_is_not_there_one_after_the_other() -> None:
+    device, moved = _Pupil(), a_state(6)
+    device.hear(in_alignment(7, moved, 6))
+    assert device.fetch(moved, LEARNED, TUNED) == [0, 1, 2]
+    device.finish_work()
+    (states,) = device.learner.handed
+    for found, wanted in (
+        (states.shared, vector_of(6)),
+        (states.reward, vector_of(5, HEADS)),
+        (states.reference, vector_of(3)),
+    ):
+        assert found is not None
+        assert np.array_equal(found, wanted)
+    total = sum(wire_bytes(len(blob), CHUNK) for blob in (moved, LEARNED, TUNED))
+    assert device.local.performed[0][2] == total
+
+
+def test_a_task_of_another_stage_hands_over_its_own_state_alone() -> None:
+    device = _Pupil()
+    device.hear(a_task(CLIENT, stage="reward", round=5, state=ref_to(LEARNED, 5)))
+    assert device.fetch(LEARNED) == [0]
+    device.finish_work()
+    (states,) = device.learner.handed
+    assert states.shared is not None
+    assert np.array_equal(states.shared, vector_of(5, HEADS))
+    assert (states.reward, states.reference) == (None, None)
+
+
+def test_the_last_states_of_earlier_stages_are_not_asked_for_again() -> None:
+    device = _Pupil()
+    first, moved, later = a_state(2), a_state(6), a_state(7)
+    begun = a_state(4, layout=HEADS)
+    course = [
+        (a_task(CLIENT, round=3, state=ref_to(first, 2)), [first]),
+        (a_task(CLIENT, work="evaluate", round=3, state=ref_to(TUNED, 3)), [TUNED]),
+        (a_task(CLIENT, stage="reward", round=5, state=ref_to(begun, 4)), [begun]),
+        (
+            a_task(CLIENT, work="evaluate", stage="reward", round=5, state=ref_to(LEARNED, 5)),
+            [LEARNED],
+        ),
+        # alignment begins with what stage 1 ended with: all three are there
+        (in_alignment(5, TUNED, 3, work="evaluate"), []),
+        (in_alignment(6, TUNED, 3), []),
+        (in_alignment(6, moved, 6, work="evaluate"), [moved]),
+        (in_alignment(7, later, 7, work="evaluate"), [later]),
+        # taken back to an earlier one, which is the reference
+        (in_alignment(7, TUNED, 3, work="restore"), []),
+        (in_alignment(8, moved, 6), [moved]),  # it was given up when a newer one came
+    ]
+    for task, wanted in course:
+        device.hear(task)
+        assert device.fetch(*wanted) == list(range(len(wanted)))
+        device.finish_work()
+        assert device.says(Report).round == task.round
+    counted = [downloaded for _, _, downloaded in device.local.performed]
+    assert counted == [sum(wire_bytes(len(b), CHUNK) for b in wanted) for _, wanted in course]
+    assert all(s.reward is not None for s in device.learner.handed[4:])
+    assert all(s.reference is not None for s in device.learner.handed[4:])
+    begins = device.learner.handed[4]
+    assert begins.shared is not None
+    assert np.array_equal(begins.shared, vector_of(3))
+
+
+@pytest.mark.parametrize("name", ["reward", "reference"])
+def test_a_state_of_another_layout_than_its_own_is_a_failure(name: str) -> None:
+    # each in the layout of the other
+    wrong = a_state(5) if name == "reward" else a_state(3, layout=HEADS)
+    device, refs = _Pupil(), {name: ref_to(wrong, 5 if name == "reward" else 3)}
+    device.hear(in_alignment(7, a_state(6), 6, **refs))
+    device.fetch(a_state(6), wrong, LEARNED, TUNED)
+    assert device.agent.failure is not None
+    assert re.search(r"the global state of round \d cannot be used: .*layout", device.agent.failure)
+    assert (device.agent.finished, device.work) == (True, [])
+
+
+def test_reward_models_that_are_too_large_for_their_own_layout_are_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    device = _Pupil()
+    huge = StateRef(round=5, blob="cd" * 32, bytes=96_000, chunk_bytes=CHUNK, chunks=100)
+    device.hear(in_alignment(7, a_state(6), 6, reward=huge))
+    assert (device.said(), device.work, device.agent.task) == ([], [], None)
+    assert "a global state of 96000 bytes is too large" in caplog.text
 
 
 # -- what is lost on the way -----------------------------------------------------------------------

@@ -79,7 +79,9 @@ def blob(method: str, codec: Codec, *, count: int = 36, shape: ModuleShape | Non
 
 def sent(costs: CostModel, size: int, codec: Codec = "fp32", seed: int = 0) -> Uplink:
     """Return what sending a blob of this size at once takes, on a channel of this seed."""
-    return costs.uplink(size, codec, generator=stream(seed, "channel"), wait_until=0.0)
+    return costs.uplink(
+        "instruction", size, codec, generator=stream(seed, "channel"), wait_until=0.0
+    )
 
 
 def bits(method: str, codec: Codec = "fp32", *, count: int = 36, **changes: Any) -> float:
@@ -212,20 +214,20 @@ def test_a_download_takes_as_long_as_a_state_of_the_priced_shape() -> None:
     # 2.057373 bit/s/Hz without fading. The headers of the small state are some 900 of its 389,000
     # bytes and grow with it
     seconds = 32 * ADAPTERS / 2.057373e6
-    assert seconds < costs.downlink(size).seconds < 1.003 * seconds
+    assert seconds < costs.downlink("instruction", size).seconds < 1.003 * seconds
 
 
 def test_all_of_the_state_comes_down_whatever_a_device_holds_of_it() -> None:
     full, few = (model("fedlora-own", count=count, priced=96) for count in (36, 12))
-    assert few.downlink(1_000_000) == full.downlink(1_000_000)
+    assert few.downlink("instruction", 1_000_000) == full.downlink("instruction", 1_000_000)
 
 
 def test_without_a_priced_shape_what_was_downloaded_counts() -> None:
-    seconds = model("pwff").downlink(50_000).seconds
+    seconds = model("pwff").downlink("instruction", 50_000).seconds
     assert seconds == pytest.approx(400_000 / 2.057373e6, rel=1e-6)
 
 
 @pytest.mark.parametrize("priced", [None, 96])
 def test_where_nothing_was_downloaded_nothing_is_charged(priced: int | None) -> None:
     for method in METHODS:  # local-only as well, which has no state
-        assert model(method, priced=priced).downlink(0).seconds == 0.0
+        assert model(method, priced=priced).downlink("instruction", 0).seconds == 0.0

@@ -11,8 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from device_profiles.errors import InputError
-from device_profiles.profile import catalog
+from device_profiles.profile import Profile, catalog, write_profile
+from edge_client import measure_command
 from edge_client.devices_command import devices
+from edge_client.machine_profile import THIS_MACHINE
 
 PAGE = Path(__file__).parents[2] / "docs" / "devices.md"
 
@@ -80,9 +82,44 @@ def test_one_precision_is_planned_with_it_alone() -> None:
     assert values("laptop-x86-cpu", "--precision", "int8")["precision"] == "int8"
 
 
-def test_neither_a_device_nor_all_is_refused() -> None:
+@pytest.mark.parametrize(
+    "words", [(), ("laptop-x86-cpu", "--all"), ("laptop-x86-cpu", "--this-machine")]
+)
+def test_neither_a_device_nor_all_and_more_than_one_are_refused(words: tuple[str, ...]) -> None:
     with pytest.raises(InputError, match="name one device, or give --all"):
-        run()
+        run(*words)
+
+
+def test_this_machine_is_planned_by_what_was_measured_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sources = {"compute.flops": "measured on this machine, 2026-01-31"}
+    mine = catalog()["laptop-x86-cpu"].model_copy(update={"name": "mine", "sources": sources})
+    write_profile(mine, THIS_MACHINE)
+    found = run("--this-machine", "--json")
+    assert json.loads(found.stdout) == values(str(THIS_MACHINE))
+    assert json.loads(found.stdout)["profile"] == "mine"
+    assert found.stderr == "By this-machine.toml: measured on this machine, 2026-01-31.\n"
+
+
+def test_a_machine_that_nobody_measured_is_measured_at_once_and_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[float] = []
+
+    def measured(*, seconds: float) -> tuple[Profile, None]:
+        asked.append(seconds)
+        return catalog()["raspberry-pi-5-8gb"], None
+
+    monkeypatch.setattr(measure_command, "this_machine", measured)
+    found = run("--this-machine", "--json")
+    assert asked == [2.0]
+    assert json.loads(found.stdout) == values("raspberry-pi-5-8gb")
+    assert "no this-machine.toml in this folder: measured on the spot for 2 s." in found.stderr
+    assert "pwff devices measure" in found.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_base_of_another_shape_takes_less(tiny_checkpoint: Path) -> None:

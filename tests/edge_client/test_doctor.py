@@ -7,6 +7,7 @@ import http.server
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -44,15 +45,20 @@ from edge_client.doctor import (
     run_trials,
 )
 from edge_client.trials import (
-    ERRORS,
     TRIALS,
+    TRIED_ON,
+    AbsentError,
+    NoBackendError,
     Outcome,
     WrongNumbersError,
+    in_words,
     relative_error,
     try_base,
-    try_kernel,
     try_out,
+    try_precision,
 )
+from quantization.backends.dense import hold_fp32
+from quantization.precision import DEVICES, PRECISIONS, Backend, Precision, available
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,18 +116,25 @@ def test_every_extra_and_the_machine_are_looked_at(here: Any) -> None:
     assert f"torch {torch.__version__}" in findings["installed edge"]["found"]
 
 
-def test_precisions_of_torch_are_run_with_their_error(here: Any) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "nf4"])
+def test_precisions_are_run_with_the_backend_that_holds_them(here: Any, precision: str) -> None:
     *_, findings = here
-    assert findings["runs fp32 cpu"]["state"] == "ok"
-    assert findings["runs fp32 cpu"]["found"].startswith("CPU: forward and backward run")
-    assert findings["runs bf16 cpu"]["found"].startswith("CPU: forward and backward run")
-    seen = findings["runs fp32 cuda"]["found"]
-    assert torch.cuda.is_available() or seen == "torch sees no GPU"
+    finding = findings[f"runs {precision} cpu"]
+    assert finding["state"] == "ok"
+    assert finding["found"].startswith("CPU: forward and backward run by ")
+    assert available()[precision].backend in finding["found"]
 
 
-def test_it_says_that_training_is_in_fp32_only(here: Any) -> None:
+def test_a_gpu_that_is_not_there_is_said_once(here: Any) -> None:
     *_, findings = here
-    assert "trains in fp32 on the CPU only" in findings["runs training"]["found"]
+    gpu = [finding for name, finding in findings.items() if name.endswith(" cuda")]
+    assert gpu
+    assert torch.cuda.is_available() or [f["found"] for f in gpu] == ["torch sees no GPU"]
+
+
+def test_it_says_where_and_in_what_runs_train(here: Any) -> None:
+    *_, findings = here
+    assert "on the CPU, on a base in any precision" in findings["runs training"]["found"]
 
 
 def test_hub_is_not_asked_when_it_is_switched_off(here: Any) -> None:
@@ -395,36 +408,63 @@ def test_relative_error_is_that_of_the_whole() -> None:
     assert math.isnan(relative_error([math.nan, 4.0], [3.0, 4.0]))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_kernels_of_torch_give_right_numbers_here(precision: str) -> None:
-    assert "forward and backward run" in try_kernel(precision, "cpu")
+def test_int8_and_nf4_need_no_extra_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = set(PACKAGES["quantized"])
+    monkeypatch.setattr(doctor_module, "version_of", lambda p: None if p in lacking else "99")
+    tried: list[str] = []
+
+    def note(names: list[str]) -> list[Outcome]:
+        tried.extend(names)
+        return []
+
+    monkeypatch.setattr(trials, "try_out", note)
+    list(run_trials(base=True))
+    assert {"int8 cpu", "int8-dynamic cpu", "nf4 cpu"} <= set(tried)
 
 
-def layer_with(change: Any) -> Any:
-    """Return what makes a layer whose weight is not the one that it was given."""
-
-    def layer(_precision: str, weight: torch.Tensor) -> torch.nn.Linear:
-        made = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        made.load_state_dict({"weight": change(weight)})
-        return made
-
-    return layer
+def test_every_precision_is_tried_wherever_a_backend_may_run() -> None:
+    places = {
+        name: tuple(d for d in DEVICES if any(d in b.devices for b in row.backends))
+        for name, row in PRECISIONS.items()
+    }
+    assert places == TRIED_ON
 
 
-@pytest.mark.parametrize("precision", sorted(ERRORS))
-def test_kernel_with_wrong_numbers_does_not_work(
-    monkeypatch: pytest.MonkeyPatch, precision: str
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "nf4"])
+def test_a_precision_that_runs_is_told_with_its_backend(precision: str) -> None:
+    assert re.match(
+        r"CPU: forward and backward run by (torch|bitsandbytes)\b", try_precision(precision, "cpu")
+    )
+
+
+def test_a_precision_says_why_the_backend_before_the_one_taken_does_not_run(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # a quarter off, above what the coarsest precision may be
-    monkeypatch.setattr(trials, "_layer", layer_with(lambda weight: 1.25 * weight))
-    with pytest.raises(WrongNumbersError, match=r"product 2\.5e-01, of the gradient 2\.5e-01"):
-        try_kernel(precision, "cpu")
+    dead = Backend(name="first", hold=hold_fp32, devices=())
+    row = Precision(backends=(dead, *PRECISIONS["int8"].backends), weight_error=0.02)
+    monkeypatch.setitem(PRECISIONS, "int8", row)
+    said = try_precision("int8", "cpu")
+    assert said == "CPU: forward and backward run by torch (not by first: not on cpu)"
 
 
-def test_kernel_that_gives_no_number_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "_layer", layer_with(lambda weight: weight * math.nan))
-    with pytest.raises(WrongNumbersError, match="wrong numbers"):
-        try_kernel("fp32", "cpu")
+def test_a_backend_with_wrong_numbers_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Backend(name="wrong", hold=lambda weight, device: hold_fp32(1.25 * weight, device))
+    monkeypatch.setitem(PRECISIONS, "fp32", Precision(backends=(wrong,), weight_error=1e-6))
+    with pytest.raises(NoBackendError, match=r"wrong: wrong numbers: .* of a weight 2\.5e-01"):
+        try_precision("fp32", "cpu")
+
+
+def test_a_gpu_is_absent_where_torch_sees_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(AbsentError, match="torch sees no GPU"):
+        try_precision("int8", "cuda")
+
+
+def test_a_foreign_error_is_told_with_its_name_and_an_own_one_without() -> None:
+    assert in_words(NoBackendError("torch: slow on this processor")) == (
+        "torch: slow on this processor"
+    )
+    assert in_words(RuntimeError("no kernel\nat line 7")) == "RuntimeError: no kernel"
 
 
 @pytest.fixture(scope="module")

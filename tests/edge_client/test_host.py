@@ -14,8 +14,9 @@ import pytest
 
 from edge_client.host import Host
 from edge_client.local_client import Result
+from edge_client.stage_work import GlobalStates
 from messaging.chunks import Missing, parse_chunk
-from messaging.layout import Layout, TensorSpec, Vector
+from messaging.layout import Layout, TensorSpec
 from messaging.memory import MemoryNetwork
 from messaging.protocol import Costs, Done, Grant, Hello, Manifest, Offer, Reject, Report, Task
 from tests.edge_client.conftest import WAIT_SECONDS, Cloud, a_device, a_setup, a_task
@@ -40,9 +41,9 @@ class Worker:
         """What it uploads: three chunks."""
         return self.device.id.encode() * 400
 
-    def perform(self, task: Task, shared: Vector | None, download_bytes: int) -> Result:
+    def perform(self, task: Task, states: GlobalStates, download_bytes: int) -> Result:
         """Wait for the test, then return the update or raise the error."""
-        del shared, download_bytes
+        del states, download_bytes
         self.begun.set()
         assert self.may_end.wait(WAIT_SECONDS)
         if self.error is not None:

@@ -20,11 +20,14 @@ from device_profiles.pricing import CostBasis, cost_basis
 from device_profiles.profile import find_profile
 from device_profiles.seeds import stream
 from edge_client.costs import method_layout
+from edge_client.data.own_data import OwnData
 from edge_client.data.prompts import encode_example
 from edge_client.local_client import LocalClient, Result
 from edge_client.peft.tuned_model import TunedModel
+from edge_client.stage_work import GlobalStates
 from edge_client.state import StateStore
 from edge_client.trainer import evaluate
+from edge_client.works import build_works
 from messaging.chunks import wire_bytes
 from messaging.codecs import CODECS, decode_blob
 from messaging.errors import PrivateTensorError
@@ -72,15 +75,18 @@ class Bench:
         **changes: Any,
     ) -> LocalClient:
         """Make a client; what is in its folder is its state."""
+        setup = a_setup(self.shared(method), method=method, priced=priced)
+        device = a_device(client, **changes)
+        folder = self.folder / client
+        data = OwnData(examples=EXAMPLES[:4], held_out=EXAMPLES[4:])
         return LocalClient(
-            a_setup(self.shared(method), method=method, priced=priced),
-            self.model,
-            device=a_device(client, **changes),
+            setup,
+            build_works(setup, self.model, device, data, judging=None, folder=folder),
+            base=self.model.base.identity,
+            device=device,
             profile=find_profile("raspberry-pi-5-8gb"),
             link=LINK,
-            train_examples=EXAMPLES[:4],
-            held_out=EXAMPLES[4:],
-            folder=self.folder / client,
+            folder=folder,
             clock=clock,
         )
 
@@ -115,6 +121,11 @@ def bench(tuned: Callable[..., TunedModel], identity: BaseIdentity, tmp_path: Pa
     return Bench(model=tuned(36), layout=layout, start=start, folder=tmp_path)
 
 
+def of(shared: Vector | None) -> GlobalStates:
+    """Return what comes with a task of instruction tuning."""
+    return GlobalStates(shared=shared)
+
+
 def blob_of(result: Result) -> bytes:
     """Return a result's update."""
     assert result.blob is not None
@@ -126,7 +137,7 @@ def blob_of(result: Result) -> bytes:
 
 def test_an_update_is_exactly_after_minus_before(bench: Bench) -> None:
     before = bench.later()
-    result = bench.make().perform(a_task(round=4), before, 0)
+    result = bench.make().perform(a_task(round=4), of(before), 0)
     header, update = decode_blob(blob_of(result), bench.layout)
     assert np.array_equal(update, bench.adapters() - before)
     assert np.count_nonzero(update) == bench.layout.size
@@ -138,8 +149,8 @@ def test_an_update_is_exactly_after_minus_before(bench: Bench) -> None:
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "int8"])
 def test_no_lora_tensor_is_in_an_update(bench: Bench, codec: Codec) -> None:
     client = bench.make()
-    client.perform(a_task(codec=codec), bench.start, 0)  # B is zero before this, and no secret
-    result = client.perform(a_task(codec=codec, round=2), bench.start, 0)
+    client.perform(a_task(codec=codec), of(bench.start), 0)  # B is zero before this, and no secret
+    result = client.perform(a_task(codec=codec, round=2), of(bench.start), 0)
     blob = blob_of(result)
     arrays = load(blob)
     assert arrays["packed"].shape == (36 * (2 * 16 * ADAPTER_SIZE + 16 + ADAPTER_SIZE),)
@@ -172,13 +183,13 @@ def test_where_nothing_is_shared_there_is_no_update_and_adapters_are_personal(
     bench: Bench, identity: BaseIdentity
 ) -> None:
     client = bench.make(method="local-only", shared_parameters=0)
-    result = client.perform(a_task(), None, 0)
+    result = client.perform(a_task(), of(None), 0)
     assert result.blob is None
     assert (result.costs.uplink_seconds, result.costs.uplink_joules) == (0.0, 0.0)
     assert result.costs.compute_seconds > 0
     after = bench.model.take()
     bench.model.put({n: np.ones_like(t) for n, t in after.items()})
-    held_out = client.perform(a_task(work="evaluate"), None, 0)
+    held_out = client.perform(a_task(work="evaluate"), of(None), 0)
     assert {n: t.tobytes() for n, t in bench.model.take().items()} == {
         n: t.tobytes() for n, t in after.items()
     }
@@ -189,7 +200,7 @@ def test_where_nothing_is_shared_there_is_no_update_and_adapters_are_personal(
 
 
 def test_a_client_without_lora_keeps_only_its_optimiser(bench: Bench) -> None:
-    result = bench.make(lora_count=0).perform(a_task(), bench.start, 0)
+    result = bench.make(lora_count=0).perform(a_task(), of(bench.start), 0)
     assert np.array_equal(bench.update(result), bench.adapters() - bench.start)
     state = bench.store().load(1)
     assert state.personal == {}
@@ -217,7 +228,7 @@ def test_where_lora_is_shared_an_update_holds_the_devices_own_modules_and_nothin
     bench: Bench,
 ) -> None:
     _, own, before = lora_run(bench, "vanilla-fl-own")
-    result = bench.make(method="vanilla-fl-own").perform(a_task(), before, 0)
+    result = bench.make(method="vanilla-fl-own").perform(a_task(), of(before), 0)
     header, update = decode_blob(blob_of(result), own)
     # 36 adapters of 2*16*4 + 16 + 4 and 12 modules of 2*(16 + 16)
     assert update.size == 36 * 148 + 12 * 64
@@ -235,7 +246,7 @@ def test_where_lora_alone_is_shared_it_is_all_that_travels(
     alone = dataclasses.replace(bench, model=tuned(36, size=0))
     _, own, before = lora_run(alone, "fedlora-own")
     client = alone.make(method="fedlora-own", adapter_count=0)
-    _, update = decode_blob(blob_of(client.perform(a_task(), before, 0)), own)
+    _, update = decode_blob(blob_of(client.perform(a_task(), of(before), 0)), own)
     assert update.size == 12 * 64
     assert np.array_equal(update, on_the_model(alone, own) - before[: own.size])
     assert {n.rsplit(".", 2)[1] for n in own.names} == {"lora_A", "lora_B"}
@@ -245,36 +256,36 @@ def test_shared_lora_is_replaced_by_the_global_one_and_not_kept(bench: Bench) ->
     _, own, before = lora_run(bench, "vanilla-fl-own")
     _, _, after = lora_run(bench, "vanilla-fl-own", seed=1)
     client = bench.make(method="vanilla-fl-own")
-    client.perform(a_task(), before, 0)
-    client.perform(a_task(work="evaluate", outcome="aggregated"), after, 0)
+    client.perform(a_task(), of(before), 0)
+    client.perform(a_task(work="evaluate", outcome="aggregated"), of(after), 0)
     assert on_the_model(bench, own).tobytes() == after[: own.size].tobytes()
 
 
 def test_what_a_device_does_not_hold_of_the_global_state_changes_nothing(bench: Bench) -> None:
     _, own, before = lora_run(bench, "vanilla-fl-own")
-    blob = blob_of(bench.make(method="vanilla-fl-own").perform(a_task(), before, 0))
+    blob = blob_of(bench.make(method="vanilla-fl-own").perform(a_task(), of(before), 0))
     other = before.copy()
     other[own.size :] += 1
-    assert blob_of(bench.make(method="vanilla-fl-own").perform(a_task(), other, 0)) == blob
+    assert blob_of(bench.make(method="vanilla-fl-own").perform(a_task(), of(other), 0)) == blob
     other[own.size - 1] += 1
-    assert blob_of(bench.make(method="vanilla-fl-own").perform(a_task(), other, 0)) != blob
+    assert blob_of(bench.make(method="vanilla-fl-own").perform(a_task(), of(other), 0)) != blob
 
 
 def test_a_residual_of_shared_lora_is_as_long_as_the_devices_own_update(bench: Bench) -> None:
     _, own, before = lora_run(bench, "vanilla-fl-own")
     client = bench.make(method="vanilla-fl-own")
     task = a_task(codec="int8")
-    first = decode_blob(blob_of(client.perform(task, before, 0)), own)[1]
+    first = decode_blob(blob_of(client.perform(task, of(before), 0)), own)[1]
     left_out = on_the_model(bench, own) - before[: own.size] - first
-    client.perform(a_task(work="evaluate", outcome="aggregated"), before, 0)
+    client.perform(a_task(work="evaluate", outcome="aggregated"), of(before), 0)
     residual = bench.store().load(1).residual
     assert residual is not None
     assert np.array_equal(residual, left_out)
     task = a_task(round=2, codec="int8")
-    blob = blob_of(client.perform(task, before, 0))
+    blob = blob_of(client.perform(task, of(before), 0))
     wanted = on_the_model(bench, own) - before[: own.size] + left_out
     assert np.array_equal(decode_blob(blob, own)[1], recoded(wanted, own, "int8"))
-    assert blob_of(client.perform(task, before, 0)) == blob  # done again, the same bytes
+    assert blob_of(client.perform(task, of(before), 0)) == blob  # done again, the same bytes
 
 
 @pytest.mark.parametrize("count", [11, 36])
@@ -283,11 +294,11 @@ def test_a_device_that_changed_its_count_of_shared_lora_is_told_so(
 ) -> None:
     """Its tensors all come from the global state; its optimiser's moments do not."""
     _, _, before = lora_run(bench, "vanilla-fl-own")
-    bench.make(method="vanilla-fl-own").perform(a_task(), before, 0)
+    bench.make(method="vanilla-fl-own").perform(a_task(), of(before), 0)
     changed = bench.make(method="vanilla-fl-own", lora_count=count)
     with pytest.raises(InputError, match=rf"'pi5-01' in .*pi5-01 is of other .* = {count} of rank"):
-        changed.perform(a_task(round=2), before, 0)
-    assert changed.perform(a_task(round=1), before, 0).blob is not None  # which begins anew
+        changed.perform(a_task(round=2), of(before), 0)
+    assert changed.perform(a_task(round=1), of(before), 0).blob is not None  # which begins anew
 
 
 # -- rounds that are done again --------------------------------------------------------------------
@@ -296,21 +307,23 @@ def test_a_device_that_changed_its_count_of_shared_lora_is_told_so(
 def test_a_round_that_is_done_again_gives_the_same_bytes(bench: Bench) -> None:
     client, other = bench.make(), bench.make("orin-02", lora_count=36)
     second = bench.later()
-    client.perform(a_task(codec="int8"), bench.start, 0)
-    client.perform(a_task(work="evaluate", outcome="aggregated"), second, 0)
+    client.perform(a_task(codec="int8"), of(bench.start), 0)
+    client.perform(a_task(work="evaluate", outcome="aggregated"), of(second), 0)
     task = a_task(round=2, codec="int8")
-    blob = blob_of(client.perform(task, second, 0))
-    assert blob_of(client.perform(task, second, 0)) == blob
-    other.perform(a_task("orin-02"), bench.start, 0)
-    assert blob_of(client.perform(task, second, 0)) == blob
-    client.perform(a_task(work="evaluate", round=2, outcome="aggregated"), second, 0)
-    assert blob_of(client.perform(task, second, 0)) == blob
-    assert blob_of(bench.make().perform(task, second, 0)) == blob  # started again, from its folder
+    blob = blob_of(client.perform(task, of(second), 0))
+    assert blob_of(client.perform(task, of(second), 0)) == blob
+    other.perform(a_task("orin-02"), of(bench.start), 0)
+    assert blob_of(client.perform(task, of(second), 0)) == blob
+    client.perform(a_task(work="evaluate", round=2, outcome="aggregated"), of(second), 0)
+    assert blob_of(client.perform(task, of(second), 0)) == blob
+    assert (
+        blob_of(bench.make().perform(task, of(second), 0)) == blob
+    )  # started again, from its folder
 
 
 def test_each_client_has_batches_of_its_own(bench: Bench) -> None:
     updates = {
-        client: bench.update(bench.make(client).perform(a_task(client), bench.start, 0))
+        client: bench.update(bench.make(client).perform(a_task(client), of(bench.start), 0))
         for client in ("pi5-01", "pi5-02")
     }
     assert not np.array_equal(updates["pi5-01"], updates["pi5-02"])
@@ -319,7 +332,7 @@ def test_each_client_has_batches_of_its_own(bench: Bench) -> None:
 def test_training_goes_on_from_the_devices_own_state(bench: Bench) -> None:
     client = bench.make()
     losses = [
-        client.perform(a_task(round=r, batch_size=4, local_steps=6), bench.start, 0).train_loss
+        client.perform(a_task(round=r, batch_size=4, local_steps=6), of(bench.start), 0).train_loss
         for r in (1, 2, 5)
     ]
     assert losses[0] is not None
@@ -345,18 +358,18 @@ def test_what_an_update_left_out_is_sent_with_the_next_if_it_was_aggregated(
     bench: Bench, codec: Codec, outcome: Outcome, told: str
 ) -> None:
     client = bench.make()
-    first = bench.update(client.perform(a_task(codec=codec), bench.start, 0))
+    first = bench.update(client.perform(a_task(codec=codec), of(bench.start), 0))
     wanted = bench.adapters() - bench.start
     left_out = wanted - first
     assert np.count_nonzero(left_out)
     second = bench.later()
     task = a_task(round=2, codec=codec)
     if told == "by the evaluation":
-        client.perform(a_task(work="evaluate", outcome=outcome), second, 0)
-        client.perform(a_task(work="evaluate", outcome="none"), second, 0)  # known by now
+        client.perform(a_task(work="evaluate", outcome=outcome), of(second), 0)
+        client.perform(a_task(work="evaluate", outcome="none"), of(second), 0)  # known by now
     else:
         task = task.model_copy(update={"outcome": outcome})
-    update = bench.update(client.perform(task, second, 0))
+    update = bench.update(client.perform(task, of(second), 0))
     wanted = bench.adapters() - second
     if outcome == "aggregated":
         wanted = wanted + left_out
@@ -368,10 +381,10 @@ def test_with_error_feedback_all_that_was_sent_is_all_that_was_learned(bench: Be
     sent, learned = np.zeros(bench.layout.size), np.zeros(bench.layout.size)
     for round_ in (1, 2, 3):
         state = bench.later(round_)
-        result = client.perform(a_task(round=round_, codec="int8"), state, 0)
+        result = client.perform(a_task(round=round_, codec="int8"), of(state), 0)
         sent += bench.update(result)
         learned += bench.adapters().astype(np.float64) - state
-        client.perform(a_task(work="evaluate", round=round_, outcome="aggregated"), state, 0)
+        client.perform(a_task(work="evaluate", round=round_, outcome="aggregated"), of(state), 0)
     residual = store.load(3).residual
     assert residual is not None
     # fp32 sums of numbers below 1: off by some 2**-24 each
@@ -381,16 +394,16 @@ def test_with_error_feedback_all_that_was_sent_is_all_that_was_learned(bench: Be
 
 def test_a_lossless_codec_sends_an_old_residual_once(bench: Bench) -> None:
     client = bench.make()
-    client.perform(a_task(codec="int8"), bench.start, 0)
+    client.perform(a_task(codec="int8"), of(bench.start), 0)
     for round_ in (2, 3):
         task = a_task(round=round_, outcome="aggregated")
-        update = bench.update(client.perform(task, bench.start, 0))
+        update = bench.update(client.perform(task, of(bench.start), 0))
         difference = bench.adapters() - bench.start
         assert np.array_equal(update, difference) == (round_ == 3)
 
 
 def test_fp32_keeps_no_residual(bench: Bench) -> None:
-    bench.make().perform(a_task(), bench.start, 0)
+    bench.make().perform(a_task(), of(bench.start), 0)
     state = bench.store().load(1)
     assert (state.residual, state.pending) == (None, None)
 
@@ -402,11 +415,11 @@ def test_held_out_results_are_those_of_personal_modules_on_the_new_global_state(
     bench: Bench,
 ) -> None:
     client = bench.make()
-    client.perform(a_task(), bench.start, 0)
+    client.perform(a_task(), of(bench.start), 0)
     kept = (bench.folder / "pi5-01" / "state-000001.safetensors").read_bytes()
-    bench.make("orin-02", lora_count=36).perform(a_task("orin-02"), bench.start, 0)
+    bench.make("orin-02", lora_count=36).perform(a_task("orin-02"), of(bench.start), 0)
     new = bench.later()
-    result = client.perform(a_task(work="evaluate", round=1, outcome="aggregated"), new, 0)
+    result = client.perform(a_task(work="evaluate", round=1, outcome="aggregated"), of(new), 0)
     bench.model.activate(12)
     bench.model.put(bench.store().load(1).personal)
     bench.model.put(bench.layout.unpack(new))
@@ -420,7 +433,7 @@ def test_held_out_results_are_those_of_personal_modules_on_the_new_global_state(
 
 def test_before_the_first_round_a_client_measures_the_bare_base(bench: Bench) -> None:
     client = bench.make(lora_count=36)
-    result = client.perform(a_task(work="evaluate", round=0), bench.start, 0)
+    result = client.perform(a_task(work="evaluate", round=0), of(bench.start), 0)
     held_out = [encode_example(e, bench.model.base.tokenizer, 96) for e in EXAMPLES[4:]]
     bench.model.put({n: np.zeros_like(t) for n, t in bench.model.take().items()})
     bare = evaluate(bench.model, held_out)
@@ -432,14 +445,14 @@ def test_lora_begins_from_the_runs_seed_on_every_device(
     bench: Bench, identity: BaseIdentity
 ) -> None:
     for client in ("pi5-01", "pi5-02"):
-        bench.make(client).perform(a_task(client, work="evaluate", round=0), bench.start, 0)
+        bench.make(client).perform(a_task(client, work="evaluate", round=0), of(bench.start), 0)
         expected = initial_lora(lora_sites(identity.shape, "qkv")[:12], RANK, SEED)
         on_it = bench.model.take()
         assert all(np.array_equal(on_it[n], t) for n, t in expected.items())
 
 
 def test_an_example_is_never_longer_than_the_base_has_positions(bench: Bench) -> None:
-    assert bench.make().perform(a_task(max_length=5000), bench.start, 0).blob is not None
+    assert bench.make().perform(a_task(max_length=5000), of(bench.start), 0).blob is not None
 
 
 # -- costs -----------------------------------------------------------------------------------------
@@ -448,7 +461,7 @@ def test_an_example_is_never_longer_than_the_base_has_positions(bench: Bench) ->
 def test_modelled_costs_follow_from_the_profile_and_the_link(
     bench: Bench, identity: BaseIdentity
 ) -> None:
-    result = bench.make().perform(a_task(batch_size=4, local_steps=3), bench.start, 50_000)
+    result = bench.make().perform(a_task(batch_size=4, local_steps=3), of(bench.start), 50_000)
     lengths = [len(encode_example(e, bench.model.base.tokenizer, 96).tokens) for e in EXAMPLES[:4]]
     tokens = sum(lengths)  # every batch holds all four examples
     # 4*N + 6*(A + L) + 12*layers*T*d a token: 36 adapters of 2*16*4 + 16 + 4 and 12 modules of
@@ -472,8 +485,8 @@ def test_costs_are_priced_at_another_shape_where_the_run_says_so(
     bench: Bench, identity: BaseIdentity
 ) -> None:
     priced = cost_basis("gpt2-small", identity.shape, 8)
-    plain = bench.make().perform(a_task(), bench.start, 50_000)
-    other = bench.make(priced=priced).perform(a_task(), bench.start, 50_000)
+    plain = bench.make().perform(a_task(), of(bench.start), 50_000)
+    other = bench.make(priced=priced).perform(a_task(), of(bench.start), 50_000)
     assert blob_of(other) == blob_of(plain)  # what is learned and sent stays what it was
     # 36 adapters of 2*768*4 + 768 + 4 parameters instead of 2*16*4 + 16 + 4
     more = 32 * 36 * (6916 - 148)
@@ -492,7 +505,7 @@ def test_costs_are_priced_at_another_shape_where_the_run_says_so(
 def test_measured_costs_are_the_clocks_at_the_profiles_power(bench: Bench) -> None:
     times = iter([100.0, 112.5])
     client = bench.make(costs="measured", clock=lambda: next(times))
-    costs = client.perform(a_task(), bench.start, 0).costs
+    costs = client.perform(a_task(), of(bench.start), 0).costs
     assert (costs.compute_seconds, costs.compute_joules) == (12.5, 12.5 * 11.0)
     assert costs.uplink_seconds > 0
 
@@ -500,7 +513,7 @@ def test_measured_costs_are_the_clocks_at_the_profiles_power(bench: Bench) -> No
 def test_each_round_and_each_client_has_a_channel_of_its_own(bench: Bench) -> None:
     times = {
         (client, round_): bench.make(client)
-        .perform(a_task(client, round=round_), bench.start, 0)
+        .perform(a_task(client, round=round_), of(bench.start), 0)
         .costs.uplink_seconds
         for client in ("pi5-01", "pi5-02")
         for round_ in (1, 2)
@@ -513,21 +526,23 @@ def test_each_round_and_each_client_has_a_channel_of_its_own(bench: Bench) -> No
 
 @pytest.mark.parametrize("count", [11, 13, 36])
 def test_a_device_that_changed_its_lora_count_is_told_so(bench: Bench, count: int) -> None:
-    bench.make().perform(a_task(), bench.start, 0)
+    bench.make().perform(a_task(), of(bench.start), 0)
     changed = bench.make(lora_count=count)
     with pytest.raises(InputError, match=rf"'pi5-01' in .*pi5-01 is of other .* = {count} of rank"):
-        changed.perform(a_task(round=2), bench.start, 0)
-    assert changed.perform(a_task(round=1), bench.start, 0).blob is not None  # which begins anew
+        changed.perform(a_task(round=2), of(bench.start), 0)
+    assert (
+        changed.perform(a_task(round=1), of(bench.start), 0).blob is not None
+    )  # which begins anew
 
 
 def test_what_another_client_left_on_the_model_is_never_used(
     bench: Bench, identity: BaseIdentity
 ) -> None:
-    first = blob_of(bench.make().perform(a_task(), bench.start, 0))
+    first = blob_of(bench.make().perform(a_task(), of(bench.start), 0))
     bench.model.activate(36)
     bench.model.put(random_tensors(identity))
-    assert blob_of(bench.make().perform(a_task(), bench.start, 0)) == first
+    assert blob_of(bench.make().perform(a_task(), of(bench.start), 0)) == first
     bench.model.activate(36)
     bench.model.put(random_tensors(identity))
     with pytest.raises(InputError, match="is of other LoRA modules"):
-        bench.make().perform(a_task(), None, 0)  # adapters of nobody
+        bench.make().perform(a_task(), of(None), 0)  # adapters of nobody

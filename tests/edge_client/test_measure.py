@@ -12,10 +12,17 @@ import torch
 from click.testing import CliRunner
 
 from device_profiles.errors import InputError
-from device_profiles.profile import find_profile, write_profile
+from device_profiles.profile import catalog, find_profile, write_profile
 from device_profiles.step_model import Pass, base_parameters
 from device_profiles.step_time import Machine, step_seconds
-from edge_client.machine_profile import PowerFigures, known_power, machine_profile, profile_name
+from edge_client import measure_command as command_module
+from edge_client.machine_profile import (
+    THIS_MACHINE,
+    PowerFigures,
+    known_power,
+    machine_profile,
+    profile_name,
+)
 from edge_client.measure import (
     COPY_BYTES,
     GEMM,
@@ -209,6 +216,18 @@ def test_the_command_writes_a_profile_that_can_be_planned_with(tmp_path: Path) -
     assert f"torch {torch.__version__}, 1 threads" in profile.sources["compute.flops"]
     assert "fp32" in profile.precisions
     assert said["timings"]["step"]["seconds"] > 0
+
+
+def test_without_a_place_it_is_written_where_a_plan_looks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = catalog()["laptop-x86-cpu"]
+    monkeypatch.setattr(command_module, "this_machine", lambda **_: (mine, SPEED))
+    result = CliRunner(catch_exceptions=False).invoke(measure_command, [])
+    assert "Written to this-machine.toml." in result.stdout
+    assert "pwff devices plan --this-machine" in result.stdout
+    assert find_profile(str(THIS_MACHINE)) == mine
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,19 @@ import pytest
 
 from device_profiles.errors import InputError
 from device_profiles.fleet import lora_count_of
+from device_profiles.methods import OBJECTIVES
 from device_profiles.modules import initial_adapters
 from device_profiles.profile import find_profile
+from device_profiles.reward_heads import head_tensors
 from edge_client import service
+from edge_client.data.instructions import kit_file
 from edge_client.host import Host
 from edge_client.service import Client, load_client, take_part
 from edge_client.state import StateStore
 from messaging.chunks import Missing, chunk_count, make_chunk, parse_chunk
 from messaging.codecs import BlobHeader, decode_blob, encode_blob
 from messaging.errors import AddressError
+from messaging.layout import Layout, joint_sha256
 from messaging.memory import MemoryNetwork
 from messaging.protocol import Channel, Grant, Hello, Manifest, Offer, Preference, StateRef, Want
 from quantization.errors import BaseModelError, HubUnavailableError
@@ -112,6 +116,11 @@ def test_what_is_not_given_has_its_default(write: Callable[..., Path]) -> None:
         ({"held_out_share": 1.0}, r"client\.toml: held_out_share = 1\.0"),
         ({"chunk_bytes": 1000}, r"client\.toml: chunk_bytes = 1000"),
         ({"threads": 0}, r"client\.toml: threads = 0"),
+        ({"stages": "instruction,rewards"}, "unknown stage 'rewards' in stages"),
+        ({"stages": "reward,instruction"}, "are not in their order"),
+        ({"stages": "instruction,alignment"}, "put reward before it"),
+        ({"method": "shepherd", "stages": "instruction,reward"}, "instruction-tuned alone"),
+        ({"trunk_precision": "int5"}, r"client\.toml: trunk_precision = 'int5'"),
     ],
 )
 def test_a_configuration_that_is_wrong_is_refused_by_name(
@@ -287,6 +296,93 @@ def test_a_device_is_what_its_configuration_says(
         device = cloud.hear(Hello).device
     assert device is not None
     assert {key: getattr(device, key) for key in expected} == expected
+
+
+ALL_STAGES = "instruction,reward,alignment"
+
+
+def kit_rows(name: str) -> list[dict[str, Any]]:
+    """Return the rows of a file of the kit."""
+    return [json.loads(line) for line in kit_file(name).read_text("utf-8").splitlines()]
+
+
+def test_a_device_with_preference_pairs_says_how_many_and_how_it_scores(
+    write: Callable[..., Path], network: _Network, identity: BaseIdentity
+) -> None:
+    cloud = Cloud(network)
+    given = {"stages": ALL_STAGES, "helpfulness_data": "kit", "harmlessness_data": "kit"}
+    with taking_part(load_client(write(**given, trunk_precision="fp32"))):
+        hello = cloud.hear(Hello)
+    device = hello.device
+    assert device is not None
+    rows = [r for n in OBJECTIVES for r in kit_rows(f"{n}_preferences.jsonl")]
+    assert device.preference_pairs == sum(row["split"] == "train" for row in rows)
+    reference = kit_file("reference_responses.jsonl").read_bytes()
+    assert device.scoring == f"fp32:{hashlib.sha256(reference).hexdigest()}"
+    adapters = adapter_layout(identity)
+    heads = Layout.of(
+        (t.name, t.shape, t.bottleneck_axis)
+        for name in OBJECTIVES
+        for t in head_tensors(name, identity.shape.width)
+    )
+    assert hello.layout == joint_sha256([adapters, heads, adapters])
+
+
+def test_a_device_of_instruction_tuning_alone_scores_nothing(
+    write: Callable[..., Path], network: _Network
+) -> None:
+    cloud = Cloud(network)
+    with taking_part(load_client(write(helpfulness_data="nowhere.jsonl"))):
+        device = cloud.hear(Hello).device
+    assert device is not None
+    assert (device.preference_pairs, device.scoring) == (0, "")
+
+
+def test_a_device_of_a_method_with_one_objective_needs_data_of_that_one(
+    write: Callable[..., Path], network: _Network
+) -> None:
+    cloud = Cloud(network)
+    given = {"method": "sfl", "stages": ALL_STAGES, "helpfulness_data": "kit"}
+    with taking_part(load_client(write(**given))):
+        device = cloud.hear(Hello).device
+    assert device is not None
+    helpful = kit_rows("helpfulness_preferences.jsonl")
+    assert device.preference_pairs == sum(row["split"] == "train" for row in helpful)
+
+
+@pytest.mark.parametrize("missing", OBJECTIVES)
+def test_a_device_that_learns_rewards_without_data_of_an_objective_is_refused(
+    write: Callable[..., Path], network: _Network, missing: str
+) -> None:
+    del network
+    given = {f"{name}_data": "kit" for name in OBJECTIVES if name != missing}
+    client = load_client(write(stages=ALL_STAGES, **given))
+    sentence = (
+        f"^{missing}_data is not given, and the run learns a reward model of {missing}; give "
+        "'kit', a file of pairs .*or leave 'reward' and 'alignment' out of stages$"
+    )
+    with pytest.raises(InputError, match=sentence) as told:
+        take_part(client, lambda _host: pytest.fail("it must not come so far"))
+    assert told.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"helpfulness_data": "nowhere.jsonl"}, r"nowhere\.jsonl: No such file.*'kit'"),
+        ({"prompts": "nowhere.txt"}, r"nowhere\.txt: No such file"),
+    ],
+)
+def test_preference_data_that_is_not_there_is_named(
+    write: Callable[..., Path], network: _Network, changes: dict[str, str], sentence: str
+) -> None:
+    del network
+    given = {"stages": ALL_STAGES, "helpfulness_data": "kit", "harmlessness_data": "kit"}
+    with pytest.raises(InputError, match=sentence):
+        take_part(
+            load_client(write(**{**given, **changes})),
+            lambda _host: pytest.fail("it must not come so far"),
+        )
 
 
 def test_a_device_trains_from_the_global_state_and_keeps_its_own_in_a_folder_for_the_run(

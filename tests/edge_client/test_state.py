@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from device_profiles.errors import InputError
 from edge_client import state as state_module
-from edge_client.state import ClientState, StateStore, settled
-from messaging.protocol import Outcome
+from edge_client.state import ClientState, StateStore, entering, settled
+from messaging.protocol import Outcome, Stage
 
 
 def a_state(round_: int = 3, **changes: Any) -> ClientState:
@@ -34,8 +34,9 @@ OTHER = np.array([0.0, 7.0, 0.25], np.float32)
 
 def assert_same(one: ClientState, other: ClientState) -> None:
     """Compare every field bit by bit."""
-    assert (one.round, one.steps) == (other.round, other.steps)
-    for field in ("personal", "first_moments", "second_moments"):
+    assert (one.round, one.stage, one.steps) == (other.round, other.stage, other.steps)
+    assert one.numbers == other.numbers
+    for field in ("personal", "first_moments", "second_moments", "extra"):
         left, right = getattr(one, field), getattr(other, field)
         assert set(left) == set(right)
         assert all(left[n].dtype == np.float32 for n in left)
@@ -52,6 +53,57 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path, residual: Any, pending: An
     state = a_state(residual=residual, pending=pending)
     StateStore(tmp_path / "new" / "folder").save(state)
     assert_same(StateStore(tmp_path / "new" / "folder").load(3), state)
+
+
+@pytest.mark.parametrize("stage", ["instruction", "reward", "alignment"])
+def test_what_a_stage_keeps_comes_back_as_it_was(tmp_path: Path, stage: Stage) -> None:
+    extra = {
+        "critic/helpfulness/value/reward.helpfulness.inner.weight": np.ones((2, 3), np.float32),
+        "critic/helpfulness/m/reward.helpfulness.inner.weight": np.zeros((2, 3), np.float32),
+    }
+    numbers = {"kl": 0.1 + 0.2, "kl_coefficient": 1e-300, "critic_steps_helpfulness": 16.0}
+    state = a_state(stage=stage, extra=extra, numbers=numbers)
+    StateStore(tmp_path).save(state)
+    assert_same(StateStore(tmp_path).load(3), state)
+
+
+def test_a_stage_begins_with_the_modules_alone() -> None:
+    state = a_state(residual=VECTOR, pending=OTHER, extra={"other": VECTOR}, numbers={"kl": 2.0})
+    assert entering(state, "instruction") is state
+    begun = entering(state, "reward")
+    assert_same(begun, ClientState(round=3, stage="reward", personal=state.personal))
+    assert_same(
+        entering(begun, "alignment"),
+        ClientState(round=3, stage="alignment", personal=state.personal),
+    )
+
+
+# -- the policy of stage 1 -------------------------------------------------------------------------
+
+
+def test_the_policy_of_stage_1_is_kept_beside_the_states(tmp_path: Path) -> None:
+    store = StateStore(tmp_path / "new" / "folder")
+    assert store.reference() is None
+    store.keep_reference(VECTOR)
+    for round_ in (4, 5, 6):
+        store.save(a_state(round_, stage="alignment"))
+    kept = StateStore(tmp_path / "new" / "folder").reference()
+    assert kept is not None
+    assert kept.dtype == np.float32
+    assert np.array_equal(kept, VECTOR)
+    assert store.rounds() == [5, 6]
+
+
+@pytest.mark.parametrize("stage", ["instruction", "reward"])
+def test_a_run_that_goes_back_behind_alignment_loses_the_policy_of_stage_1(
+    tmp_path: Path, stage: Stage
+) -> None:
+    store = StateStore(tmp_path)
+    store.save(a_state(3, stage="reward"))
+    store.keep_reference(VECTOR)
+    store.save(a_state(4, stage="alignment"))
+    store.save(a_state(2, stage=stage))
+    assert store.reference() is None
 
 
 def test_a_tensor_that_is_a_view_is_kept_with_its_own_values(tmp_path: Path) -> None:
@@ -134,6 +186,12 @@ def test_a_write_that_is_broken_off_leaves_the_older_state_and_no_remains(
     assert_same(store.load(3), a_state(3))
 
 
+def said(without: str = "") -> str:
+    """Return a header, perhaps without one of its entries."""
+    header = {"round": 3, "stage": "instruction", "steps": 12, "numbers": {}}
+    return json.dumps({key: value for key, value in header.items() if key != without})
+
+
 def cut(path: Path) -> None:
     """Leave half of a file."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -151,7 +209,7 @@ def say_nothing(path: Path) -> None:
 
 def say_too_little(path: Path) -> None:
     """Take the step count out of the header."""
-    save_file(load_file(path), path, metadata={"pwff": json.dumps({"round": 3})})
+    save_file(load_file(path), path, metadata={"pwff": said(without="steps")})
 
 
 def say_a_list(path: Path) -> None:
@@ -161,7 +219,7 @@ def say_a_list(path: Path) -> None:
 
 def add_a_stranger(path: Path) -> None:
     """Add a tensor of no known group."""
-    header = {"pwff": json.dumps({"round": 3, "steps": 12})}
+    header = {"pwff": said()}
     save_file({**load_file(path), "other/a": VECTOR}, path, metadata=header)
 
 
@@ -179,6 +237,20 @@ def test_a_damaged_file_is_named_with_what_to_do_about_it(tmp_path: Path, damage
     found = store.newest(before=4)
     assert found is not None
     assert_same(found, a_state(2))
+
+
+def rename(path: Path) -> None:
+    """Put the values under another name."""
+    save_file({"other": load_file(path)["values"]}, path)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, rename])
+def test_a_damaged_policy_of_stage_1_is_named(tmp_path: Path, damage: Any) -> None:
+    store = StateStore(tmp_path)
+    store.keep_reference(VECTOR)
+    damage(tmp_path / "stage-1.safetensors")
+    with pytest.raises(InputError, match=r"stage-1\.safetensors is damaged: .*start a new run"):
+        store.reference()
 
 
 @pytest.mark.parametrize(

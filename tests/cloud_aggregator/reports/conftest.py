@@ -18,11 +18,10 @@ from cloud_aggregator.records import (
     Observed,
     RoundRecord,
     RunRecord,
-    summarise,
-    weighted_mean,
 )
 from cloud_aggregator.reports import build_report
-from messaging.protocol import Channel, DeviceRecord, Preference
+from cloud_aggregator.summary import summarise, weighted_mean
+from messaging.protocol import Channel, DeviceRecord, Objective, PairFigures, Preference
 
 UPLOAD_BYTES = 2_000_000
 PROFILES = ("raspberry-pi-5-8gb", "jetson-orin-nano-8gb", "laptop-x86-cpu")
@@ -141,6 +140,122 @@ def make_run(
     return run.model_copy(update={"summary": summarise(run), **changes})
 
 
+def pairs(count: int, accuracy: float, loss: float, longer: float, error: float) -> PairFigures:
+    """Return a client's results on its held-out pairs of one objective."""
+    return PairFigures(
+        pairs=count, accuracy=accuracy, loss=loss, longer_wins=longer, calibration_error=error
+    )
+
+
+#: Round 2: of 20 pairs of a and 60 of b, 56 are told right in all; the longer one wins in 48.
+REWARDS: dict[str, dict[Objective, PairFigures]] = {
+    "a": {
+        "helpfulness": pairs(10, 0.6, 0.7, 0.5, 0.2),
+        "harmlessness": pairs(10, 0.8, 0.5, 0.4, 0.1),
+    },
+    "b": {
+        "helpfulness": pairs(30, 0.9, 0.3, 0.7, 0.1),
+        "harmlessness": pairs(30, 0.5, 0.8, 0.6, 0.3),
+    },
+}
+#: Helpfulness, harmlessness, KL, tokens, ended, accuracy; before, then after each round.
+#: a weighs them 0.75 : 0.25, b the other way round.
+Scores = tuple[float, float, float, float, float, float]
+ALIGNED: dict[str, list[Scores]] = {
+    "a": [(0.0, 1.0, 0, 0, 0, 0.3), (1.0, 0.0, 2.0, 20.0, 1.0, 0.2)],  # 0.25 to 0.75
+    "b": [(0.0, 0.0, 0, 0, 0, 0.5), (1.0, -0.6, 4.0, 40.0, 0.5, 0.4)],  # 0 to -0.2
+}
+
+
+def scored(scores: Scores) -> dict[str, Any]:
+    """Return what a client's part of a round of alignment holds besides its costs."""
+    helpfulness, harmlessness, kl, tokens, ended, accuracy = scores
+    return {
+        "reward_helpfulness": helpfulness, "reward_harmlessness": harmlessness, "kl": kl,
+        "response_tokens": tokens, "responses_ended": ended,
+        "eval_accuracy": accuracy, "eval_loss": 5 * (1 - accuracy),
+    }  # fmt: skip
+
+
+def make_staged(
+    rewards: Mapping[str, dict[Objective, PairFigures]] = REWARDS,
+    aligned: Mapping[str, Sequence[Scores]] = ALIGNED,
+    *,
+    taken_back: str = "",
+    without: Sequence[str] = (),
+    **changes: Any,
+) -> RunRecord:
+    """Return a run of all stages on two clients: one round of each, of alignment one or more.
+
+    Args:
+        rewards: Results on held-out pairs after round 2.
+        aligned: Scores when alignment began, then after each of its rounds from 3 on.
+        taken_back: Why the last round was; what it had is a weighted reward of -1.5 at 30 nats.
+        without: Stages that are left out.
+        changes: Of the record.
+    """
+    run = make_run({"a": [0.2, 0.3], "b": [0.4, 0.5]})
+    clients = [
+        run.clients[0],
+        run.clients[1].model_copy(
+            update={"preference": Preference(helpfulness=0.25, harmlessness=0.75)}
+        ),
+    ]
+    before = [*run.before]
+    rounds = [*run.rounds]
+    for client, accuracy in (("a", 0.5), ("b", 0.25)):
+        before.append(
+            ClientBefore(
+                id=client, stage="reward", eval_loss=None, eval_accuracy=None,
+                reward_accuracy=accuracy,
+            )
+        )  # fmt: skip
+    first = rounds[0]
+
+    def round_of(stage: str, number: int, own: Mapping[str, dict[str, Any]]) -> RoundRecord:
+        unmeasured = {"eval_loss": None, "eval_accuracy": None}
+        parts = [c.model_copy(update={**unmeasured, **own[c.id]}) for c in first.clients]
+        figures = GlobalRound(
+            eval_loss=weighted_mean([(c.eval_loss, 1) for c in parts]),
+            eval_accuracy=weighted_mean([(c.eval_accuracy, 1) for c in parts]),
+        )
+        update = {"stage": stage, "round": number, "clients": parts, "global_": figures}
+        return first.model_copy(update=update)
+
+    own: dict[str, dict[str, Any]] = {
+        i: {
+            "pairs": p,
+            "reward_accuracy": weighted_mean([(f.accuracy, f.pairs) for f in p.values()]),
+        }
+        for i, p in rewards.items()
+    }
+    rounds.append(round_of("reward", 2, own))
+    for client, figures in aligned.items():
+        start = scored(figures[0])
+        for name in ("kl", "response_tokens", "responses_ended"):
+            del start[name]
+        before.append(ClientBefore(id=client, stage="alignment", **start))
+    for n in range(1, len(aligned["a"])):
+        own = {i: scored(figures[n]) for i, figures in aligned.items()}
+        rounds.append(round_of("alignment", 2 + n, own))
+    if taken_back:
+        gone = GlobalRound(
+            weighted_reward=-1.5, reward_helpfulness=-1.0, reward_harmlessness=-2.0, kl=30.0,
+            eval_accuracy=0.1, eval_loss=4.5,
+        )  # fmt: skip
+        rounds[-1] = rounds[-1].model_copy(update={"taken_back": taken_back, "dropped": gone})
+    stages = [s for s in ("instruction", "reward", "alignment") if s not in without]
+    run = run.model_copy(
+        update={
+            "stages": stages,
+            "clients": clients,
+            "before": [c for c in before if c.stage in stages],
+            "rounds": [r for r in rounds if r.stage in stages],
+        }
+    )
+    return run.model_copy(update={"summary": summarise(run), **changes})
+
+
 class Page(HTMLParser):
     """What a page holds, by an independent reader: text, tags, attributes."""
 
@@ -178,6 +293,11 @@ def _make_run() -> Callable[..., RunRecord]:
     return make_run
 
 
+@pytest.fixture(name="make_staged", scope="session")
+def _make_staged() -> Callable[..., RunRecord]:
+    return make_staged
+
+
 @pytest.fixture
 def read() -> Callable[..., Page]:
     """Build the page of these runs, by name, and read it."""
@@ -186,7 +306,7 @@ def read() -> Callable[..., Page]:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def page_of() -> type[Page]:
     """Read a page that is there already."""
     return Page

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tomli_w
 
 from cloud_aggregator.records import RunRecord
@@ -22,6 +24,15 @@ JOULES = {
     96: {"pwff": 10.83, "vanilla-fl": 109.83, "fedada": 10.83, "fedlora": 98.99, "local-only": 0.0},
 }
 WIDTH = 128
+
+
+@pytest.fixture(autouse=True)
+def _same_logging() -> Iterator[None]:
+    """Put the root logger back as it was: a command sets it."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
 
 
 def run_figures(
@@ -93,7 +104,7 @@ def write_run(
 
     A client sends as many bits as ``JOULES`` has at rank 8, at 1.7 Mbit/s and 1 W.
     """
-    done = run.experiment.rounds if rounds is None else rounds
+    done = run.experiment.total_rounds if rounds is None else rounds
     points = [0.20 + 0.01 * number for number in range(done + 1)]
     record = make_run(
         {"a": points, "b": [value - 0.02 for value in points]},

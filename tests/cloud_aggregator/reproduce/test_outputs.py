@@ -92,11 +92,16 @@ def test_the_text_ends_with_all_it_takes_to_repeat_it(tmp_path: Path) -> None:
 
 def test_the_command_gives_the_settings_back() -> None:
     settings = Settings(
-        seeds=(3,), methods=("pwff",), experiments=EXPERIMENTS[:1], held_out_share=0.1, quick=True
+        seeds=(3,),
+        methods=("pwff",),
+        experiments=EXPERIMENTS[:1],
+        batch_size=2,
+        held_out_share=0.1,
+        quick=True,
     )
     assert command(settings, 4, 5) == (
         "pwff reproduce fig4 --quick --seeds 3 --rounds 4 --local-steps 5 --model mini --data kit "
-        "--held-out-share 0.1 --experiments paper-literal --methods pwff"
+        "--batch-size 2 --held-out-share 0.1 --experiments paper-literal --methods pwff"
     )
 
 

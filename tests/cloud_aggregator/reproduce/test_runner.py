@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,15 +23,6 @@ WIDTH = 16  # of the tiny base
 HOW = {"transport": "memory"}
 ROWS = 40  # for ten clients
 Settle = Callable[..., Settings]
-
-
-@pytest.fixture(autouse=True)
-def _same_logging() -> Iterator[None]:
-    """Put the root logger back as it was: the command sets it."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
 
 
 @pytest.fixture

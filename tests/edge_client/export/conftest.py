@@ -93,7 +93,7 @@ def write_run(
         "method": method,
         "model": {"sha256": identity.sha256, "tokenizer_sha256": identity.tokenizer_sha256},
         "clients": [client, {**client, "id": "laptop-02"}],
-        "rounds": [{"round": number} for number in range(1, ROUND + 1)],
+        "rounds": [{"round": number, "stage": "instruction"} for number in range(1, ROUND + 1)],
         **changes,
     }
     folder.mkdir()

@@ -1,0 +1,87 @@
+"""The stages of a run: what each shares and how it ends, and when alignment has gone wrong.
+
+A run's rounds are numbered through all its stages, so a round's number names one state everywhere.
+Units: nats for losses and divergence; rewards are re-centred scores (deviations of the reference
+set's scores).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cloud_aggregator.records import GlobalRound, RoundRecord
+from cloud_aggregator.rounds import Convergence
+from messaging.layout import Layout
+from messaging.protocol import AlignmentSettings, Stage
+
+#: Why ``collapse`` takes a round back, for people.
+TAKEN_BACK = {
+    "kl-limit": "the policy went further from stage 1 than kl_limit allows",
+    "reward-collapse": "the reward fell below its beginning by more than reward_drop",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage of a run.
+
+    Attributes:
+        layout: The tensors that travel in it: the allow-list.
+        epsilon: Nats (of alignment: of weighted reward) by which a round must improve to count.
+        patience: Rounds without improvement after which the stage has converged; 0 for never.
+        margin: Of the Bradley-Terry loss, by which a chosen response should score higher.
+        alignment: How devices align their models; only in that stage.
+        reward_drop: Fall of the weighted reward below the stage's beginning at which a round is
+            taken back.
+    """
+
+    stage: Stage
+    layout: Layout
+    rounds: int
+    local_steps: int
+    batch_size: int
+    learning_rate: float
+    epsilon: float
+    patience: int
+    margin: float = 0.0
+    alignment: AlignmentSettings | None = None
+    reward_drop: float = math.inf
+
+
+def measure(stage: Stage, figures: GlobalRound) -> float | None:
+    """Return what a stage makes smaller: a held-out loss, or the weighted reward below zero."""
+    if stage == "instruction":
+        return figures.eval_loss
+    if stage == "reward":
+        return figures.reward_loss
+    return None if figures.weighted_reward is None else -figures.weighted_reward
+
+
+def stage_end(plan: StagePlan, rounds: Sequence[RoundRecord]) -> str:
+    """Return why a stage is over after these rounds of it; empty while it goes on."""
+    convergence = Convergence(epsilon=plan.epsilon, patience=plan.patience)
+    for record in rounds:
+        if record.taken_back:
+            return record.taken_back
+        if convergence.observed(measure(plan.stage, record.global_)):
+            return "converged"
+    return "rounds" if len(rounds) >= plan.rounds else ""
+
+
+def collapse(plan: StagePlan, before: float | None, figures: GlobalRound) -> str:
+    """Return why a round of alignment is taken back; empty if it is sound.
+
+    Args:
+        plan: Of the stage.
+        before: The weighted reward when the stage began.
+        figures: Of the round.
+    """
+    limit = plan.alignment.kl_limit if plan.alignment else math.inf
+    if any(nats is not None and nats > limit for nats in (figures.kl, figures.drift)):
+        return "kl-limit"
+    reward = figures.weighted_reward
+    if before is not None and reward is not None and reward < before - plan.reward_drop:
+        return "reward-collapse"
+    return ""

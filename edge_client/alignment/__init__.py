@@ -1,0 +1,1 @@
+"""Alignment on the device: PPO with a critic an objective, and its ablations RLOO and DPO."""

@@ -1,0 +1,1 @@
+"""Collecting preference pairs on a device: two candidates of its own model, ranked by a judge."""

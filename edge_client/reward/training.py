@@ -1,0 +1,198 @@
+"""Learning a head from pairs: Bradley-Terry, on features that are computed once.
+
+The trunk does not train, so a round is some milliseconds of a small network.
+Shape letters: N pairs, F features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from device_profiles.errors import InputError
+from device_profiles.seeds import stream
+from edge_client.data.batches import training_order
+from edge_client.reward.head import Head
+from messaging.layout import Tensors
+
+LEARNING_RATE = 3e-4
+WEIGHT_DECAY = 10.0
+_BETAS = (0.9, 0.999)
+_EPSILON = 1e-8
+_DIVERGED = 1e6  # nats, as of instruction tuning
+_UNSEEN = ".outer.bias"  # it cancels in a difference, so it gets no gradient and stays
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Adam's state of a head: first and second moments by tensor name, and steps taken so far."""
+
+    first: Tensors = field(default_factory=dict)
+    second: Tensors = field(default_factory=dict)
+    steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTraining:
+    """What some steps gave.
+
+    Attributes:
+        tensors: Every tensor of the head.
+        moments: To go on with.
+        loss: Mean over the steps, nats a pair.
+        pairs: That went through the head.
+    """
+
+    tensors: Tensors
+    moments: Moments
+    loss: float
+    pairs: int
+
+
+def bradley_terry(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tensor:
+    """Return the mean of -log sigmoid(r_chosen - r_rejected - margin), nats.
+
+    Shapes (N,), (N,) -> ().
+
+    Source: Bradley and Terry 1952; the margin as in Touvron et al. 2023 (Llama 2), section 3.2.2.
+    """
+    return torch.nn.functional.softplus(rejected - chosen + margin).mean()
+
+
+def train_head(
+    tensors: Tensors,
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float = LEARNING_RATE,
+    weight_decay: float = WEIGHT_DECAY,
+    margin: float = 0.0,
+    seed: int,
+    words: tuple[str | int, ...],
+    moments: Moments | None = None,
+) -> HeadTraining:
+    """Take ``steps`` of AdamW on one objective's head.
+
+    The batches are a function of ``seed`` and ``words`` alone.
+
+    Args:
+        tensors: Of the head; they are copied.
+        chosen: Features of the responses that were preferred, of at least 1 pair. Shape (N, F).
+        rejected: Features of the others. Shape (N, F).
+        steps: At least 1.
+        batch_size: At least 1; with fewer pairs, all of them.
+        learning_rate: Above 0, without schedule.
+        weight_decay: Decoupled: a step multiplies by 1 - learning_rate * weight_decay; >= 0.
+        margin: By which a chosen response should score higher, >= 0.
+        seed: Of the run.
+        words: Client, objective and round.
+        moments: Of earlier rounds; none to begin.
+
+    Raises:
+        InputError: If there is no pair, the features do not fit the head or one another, a number
+            is out of its range, or training diverges.
+    """
+    head = Head(tensors)
+    _check(head, chosen, rejected)
+    _check_numbers(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        margin=margin,
+    )
+    head.to(chosen.device)
+    moments = moments or Moments()
+    trained = {
+        name: parameter
+        for name, parameter in zip(tensors, head.parameters(), strict=True)
+        if not name.endswith(_UNSEEN)
+    }
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    optimiser = torch.optim.AdamW(
+        list(trained.values()),
+        lr=learning_rate,
+        betas=_BETAS,
+        eps=_EPSILON,
+        weight_decay=weight_decay,
+        fused=True,
+    )
+    if moments.steps:
+        _resume(optimiser, trained, moments)
+    size = min(batch_size, len(chosen))
+    losses = []
+    for batch in training_order(len(chosen), steps, size, stream(seed, "pairs", *words)):
+        both = head(torch.cat([chosen[batch], rejected[batch]]))  # (2 * size,)
+        loss = bradley_terry(both[:size], both[size:], margin)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        losses.append(loss.item())
+        if not losses[-1] < _DIVERGED:
+            raise InputError(
+                f"learning_rate = {learning_rate:g}: the reward head's loss is {losses[-1]:g} at "
+                f"step {len(losses)}; choose a lower one"
+            )
+    states = {name: optimiser.state[parameter] for name, parameter in trained.items()}
+    return HeadTraining(
+        tensors=head.take(),
+        moments=Moments(
+            first={name: _array(state["exp_avg"]) for name, state in states.items()},
+            second={name: _array(state["exp_avg_sq"]) for name, state in states.items()},
+            steps=moments.steps + len(losses),
+        ),
+        loss=sum(losses) / len(losses),
+        pairs=size * len(losses),
+    )
+
+
+def _resume(
+    optimiser: torch.optim.AdamW, trained: dict[str, torch.nn.Parameter], moments: Moments
+) -> None:
+    for name, parameter in trained.items():
+        optimiser.state[parameter] = {
+            "step": torch.tensor(float(moments.steps), device=parameter.device),
+            "exp_avg": torch.from_numpy(moments.first[name].copy()).to(parameter),
+            "exp_avg_sq": torch.from_numpy(moments.second[name].copy()).to(parameter),
+        }
+
+
+def _array(values: Tensor) -> npt.NDArray[np.float32]:
+    array: npt.NDArray[np.float32] = values.detach().to("cpu", torch.float32, copy=True).numpy()
+    return array
+
+
+def _check(head: Head, chosen: Tensor, rejected: Tensor) -> None:
+    if chosen.shape != rejected.shape or chosen.ndim != 2 or not len(chosen):
+        raise InputError(
+            f"features of chosen responses {tuple(chosen.shape)} and of rejected ones "
+            f"{tuple(rejected.shape)}; give one row for each side of at least 1 pair"
+        )
+    if chosen.shape[1] != head.features:
+        raise InputError(
+            f"{chosen.shape[1]} features and a reward head that reads {head.features}; "
+            "give those of the trunk that the head was made for"
+        )
+
+
+def _check_numbers(**given: float) -> None:
+    bounds = {
+        "steps": (1, "at least 1"),
+        "batch_size": (1, "at least 1"),
+        "weight_decay": (0, "at least 0"),
+        "margin": (0, "at least 0"),
+    }
+    for name, (least, words) in bounds.items():
+        if not given[name] >= least:
+            raise InputError(f"{name} = {given[name]:g} of reward learning; it must be {words}")
+    if not given["learning_rate"] > 0:
+        raise InputError(
+            f"learning_rate = {given['learning_rate']:g} of reward learning; it must be above 0"
+        )

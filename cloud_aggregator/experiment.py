@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from cloud_aggregator.methods import METHODS, find_method
+from cloud_aggregator.stages import check_room
 from device_profiles.config_files import Config, check, choose, read_toml
 from device_profiles.errors import InputError
 from device_profiles.link import PAPER_LINK, Link, profile_link
@@ -267,6 +268,8 @@ def load_experiment(path: Path | None, options: dict[str, Any]) -> Experiment:
     choose("LoRA placement", experiment.placement, PLACEMENTS)
     for stage in experiment.stage_names:
         _ = experiment.rounds_of(stage), experiment.steps_of(stage)
+    if "alignment" in experiment.stage_names:
+        check_room(experiment.alignment, experiment.max_length, source)
     if experiment.cohort is not None and experiment.cohort > experiment.clients:
         raise InputError(
             f"cohort = {experiment.cohort} of clients = {experiment.clients}; choose at most as "

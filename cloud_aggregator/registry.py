@@ -13,12 +13,21 @@ class Registry:
         binding: Hash of base, tokenizer and placement that the run is built on.
         layout: Hash of the shared tensors.
         known: The only devices that may take part; by default any that fits.
+        scoring: Of the devices that the run has had; by default that of those that are there.
     """
 
-    def __init__(self, *, binding: str, layout: str, known: frozenset[str] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        binding: str,
+        layout: str,
+        known: frozenset[str] | None = None,
+        scoring: str | None = None,
+    ) -> None:
         self._known = known
         self._binding = binding
         self._layout = layout
+        self._scoring = scoring
         self._sessions: dict[str, str] = {}
         self._online: set[str] = set()
         self.devices: dict[str, DeviceRecord] = {}
@@ -49,8 +58,9 @@ class Registry:
             )
         if hello.device is None or hello.device.id != hello.client:
             raise ProtocolError("identity", "HELLO without a record of the device that sends it")
-        others = [self.devices[name] for name in self._online if name != hello.client]
-        if any(device.scoring != hello.device.scoring for device in others):
+        others = {self.devices[name].scoring for name in self._online if name != hello.client}
+        wanted = others if self._scoring is None else {self._scoring}
+        if wanted - {hello.device.scoring}:
             raise ProtocolError(
                 "layout",
                 f"device '{hello.client}' scores responses by '{hello.device.scoring}' and the "

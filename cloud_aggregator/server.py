@@ -6,6 +6,7 @@ code that pumps the inbox until their condition holds.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import secrets
@@ -33,7 +34,7 @@ from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.shelf import Shelf
 from cloud_aggregator.spool import Spool
 from cloud_aggregator.stages import StagePlan, collapse, stage_end
-from cloud_aggregator.summary import client_before, global_figures, reward_before, summarise
+from cloud_aggregator.summary import client_before, global_figures, reward_change, summarise
 from device_profiles.errors import InputError
 from messaging import topics
 from messaging.chunks import parse_chunk
@@ -117,7 +118,10 @@ class Aggregator:
         self._plan = settings.stages[0]
         self._layouts = joint_sha256(plan.layout for plan in settings.stages)
         self._registry = Registry(
-            binding=settings.binding, layout=self._layouts, known=settings.known_clients
+            binding=settings.binding,
+            layout=self._layouts,
+            known=settings.known_clients,
+            scoring=next((device.scoring for device in record.clients), None),
         )
         self._shelf = Shelf(settings.run, self._plan.layout, folder, settings.chunk_bytes)
         self._policy: tuple[Vector, int] | None = None  # that instruction tuning ended with
@@ -147,8 +151,10 @@ class Aggregator:
         Raises:
             RunFailedError: If emulated clients do not appear or answer in time.
             SpoolFullError: If the spool's disk is full.
-            InputError: If a run to go on with is damaged.
+            InputError: If a run to go on with is damaged, or a stage of it is to go on that
+                another has followed.
         """
+        self._check_order()
         self._transport.start()
         try:
             self._close_record("running", None)
@@ -186,6 +192,19 @@ class Aggregator:
             self._transport.close()
 
     # -- phases ----------------------------------------------------------------------------------
+
+    def _check_order(self) -> None:
+        """Refuse more rounds of a stage that a later one has been built on."""
+        begun = {r.stage for r in self.record.rounds} | {b.stage for b in self.record.before}
+        stages = self.settings.stages
+        for plan, after in itertools.pairwise(stages):
+            rounds = self._rounds_of(plan)
+            if after.stage in begun and not stage_end(plan, rounds):
+                raise InputError(
+                    f"the stage '{plan.stage}' ended after {len(rounds)} rounds and "
+                    f"'{after.stage}' has begun; {plan.rounds} rounds of it cannot be done any "
+                    "more: give its rounds, epsilon and patience as they were, or start a new run"
+                )
 
     def _do_stage(self, plan: StagePlan) -> str:
         """Do what is left of a stage; return why it is over."""
@@ -303,6 +322,8 @@ class Aggregator:
         reports = self._evaluate(number, outcomes)
         why, figures = self._verdict(reports)
         if why:
+            # Devices now lose what they learned: broken off from here, the round is done again.
+            intake.clear()
             reports = self._take_back(number, vector)
         self._list_clients()
         record = round_record(
@@ -331,7 +352,7 @@ class Aggregator:
         figures = global_figures(self._registry.devices, reports)
         if self._plan.stage != "alignment":
             return "", figures
-        return collapse(self._plan, reward_before(self.record), figures), figures
+        return collapse(self._plan, reward_change(self.record, reports), figures), figures
 
     def _take_back(self, number: int, vector: Vector | None) -> dict[str, Report]:
         """Make what was there before a round come of it, everywhere; return what is measured."""
@@ -630,8 +651,8 @@ class Aggregator:
 
     def _reported(self, report: Report) -> None:
         task = self._tasks.get(report.client)
-        phase = "train" if task is not None and task.work == "train" else "evaluate"
-        if task is None or (phase, task.round) != (report.phase, report.round):
+        said = report.phase, report.stage, report.round
+        if task is None or (task.work, task.stage, task.round) != said:
             return  # said twice, or of a phase that is over
         if report.phase == "train" and self._intake is not None:
             self._intake.reported(report, self._clock())

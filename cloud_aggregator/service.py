@@ -16,7 +16,7 @@ from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.server import Aggregator
 from cloud_aggregator.settings import RunSettings
-from cloud_aggregator.stages import StagePlan
+from cloud_aggregator.stages import StagePlan, check_room
 from device_profiles.config_files import Config, choose, load
 from device_profiles.errors import InputError
 from device_profiles.modules import PLACEMENTS, lora_rank
@@ -66,7 +66,8 @@ class Service(Config):
         clients: How many devices it waits for.
         minimum_clients: With how many it begins after ``gather_seconds``.
         rounds: At most, of instruction tuning; and so ``local_steps``, ``batch_size`` and
-            ``learning_rate``. The other stages have a section each: see ``StageSection``.
+            ``learning_rate``. The other stages have a section each: see
+            ``RewardSection`` and ``AlignmentSection``.
         deadline_seconds: Of a training round, on this machine's clock.
         evaluation_seconds: How long it waits for held-out results.
         grants: Uploads that may send at once.
@@ -119,7 +120,8 @@ def load_service(path: Path) -> Service:
     """
     service = load(Service, path)
     choose("method", service.method, METHODS)
-    parse_stages(service.stages, find_method(service.method))
+    if "alignment" in parse_stages(service.stages, find_method(service.method)):
+        check_room(service.alignment.settings, service.max_length, str(path))
     choose("LoRA placement", service.placement, PLACEMENTS)
     if service.minimum_clients > service.clients:
         raise InputError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from cloud_aggregator.records import GlobalRound, RoundRecord
 from cloud_aggregator.rounds import Convergence
+from device_profiles.errors import InputError
 from messaging.layout import Layout
 from messaging.protocol import AlignmentSettings, Stage
 
@@ -70,18 +71,35 @@ def stage_end(plan: StagePlan, rounds: Sequence[RoundRecord]) -> str:
     return "rounds" if len(rounds) >= plan.rounds else ""
 
 
-def collapse(plan: StagePlan, before: float | None, figures: GlobalRound) -> str:
+def check_room(settings: AlignmentSettings, max_length: int, source: str) -> None:
+    """Refuse responses that leave no room for a prompt: two stages earlier than devices would.
+
+    Args:
+        settings: Of alignment.
+        max_length: Of prompt and response, tokens.
+        source: Of both, for what an error says.
+
+    Raises:
+        InputError: Naming both lengths.
+    """
+    if settings.max_new_tokens > max_length - 2:  # a token of the prompt, and the end token
+        raise InputError(
+            f"{source}: max_new_tokens = {settings.max_new_tokens} leaves no room for a prompt in "
+            f"max_length = {max_length}; give at most {max_length - 2}"
+        )
+
+
+def collapse(plan: StagePlan, change: float | None, figures: GlobalRound) -> str:
     """Return why a round of alignment is taken back; empty if it is sound.
 
     Args:
         plan: Of the stage.
-        before: The weighted reward when the stage began.
+        change: Of the clients' weighted reward since the stage began; none where unknown.
         figures: Of the round.
     """
     limit = plan.alignment.kl_limit if plan.alignment else math.inf
     if any(nats is not None and nats > limit for nats in (figures.kl, figures.drift)):
         return "kl-limit"
-    reward = figures.weighted_reward
-    if before is not None and reward is not None and reward < before - plan.reward_drop:
+    if change is not None and change < -plan.reward_drop:
         return "reward-collapse"
     return ""

@@ -99,6 +99,25 @@ def reward_before(run: RunRecord) -> float | None:
     return weighted_mean([(reward, 1) for reward in rewards_before(run).values()])
 
 
+def reward_change(run: RunRecord, reports: Mapping[str, Report]) -> float | None:
+    """Return the mean change of the clients' weighted rewards since alignment began.
+
+    Each client that was measured then and now counts once: a change of who is there, or of how many
+    prompts each was measured on, is no change of the reward.
+    """
+    who = {c.id: c.preference for c in run.clients}
+    changes: list[float] = []
+    for client, began in rewards_before(run).items():
+        report = reports.get(client)
+        if began is None or report is None or report.responses is None:
+            continue
+        scores = report.responses.scores
+        now = weighted_reward(who[client], scores.get("helpfulness"), scores.get("harmlessness"))
+        if now is not None:
+            changes.append(now - began)
+    return _mean(changes) if changes else None
+
+
 def summarise(run: RunRecord) -> Summary:
     """Return the summary of a run from its rounds.
 

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import secrets
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 from edge_client.local_client import Result, Setup
 from edge_client.stage_work import GlobalStates
@@ -286,7 +286,10 @@ class Agent:
             )
             return
         self._held[ref.blob] = vector
-        self._downloaded += wire_bytes(ref.bytes, ref.chunk_bytes)
+        # What earlier stages left was counted in theirs: only a device that was started again
+        # fetches it anew, and what a round costs does not depend on that.
+        if self._task is not None and ref == self._task.state:
+            self._downloaded += wire_bytes(ref.bytes, ref.chunk_bytes)
         self._download = None
         if not self._working:
             self._begin(now)
@@ -309,22 +312,25 @@ class Agent:
     def _answer(self, now: float) -> None:
         """Say what came of the task at hand, if it is done; called again, say it again."""
         task, result = self._task, self._result
-        if task is None or result is None:
+        if task is None or result is None or task.work == "stop":
             return
         if self._upload is not None:
             self._send(self._upload.offer)
         elif result.blob is not None:
             self._offer(task, result, result.blob, now)
         else:
-            self._send(self._report(task, result))
+            self._send(self._report(task, task.work, result))
 
-    def _report(self, task: Task, result: Result) -> Report:
+    def _report(
+        self, task: Task, phase: Literal["train", "evaluate", "restore"], result: Result
+    ) -> Report:
         return Report(
             run=self.run,
             client=self.id,
             session=self.session,
+            stage=task.stage,
             round=task.round,
-            phase="train" if task.work == "train" else "evaluate",
+            phase=phase,
             examples=result.examples,
             train_loss=result.train_loss,
             eval_loss=result.eval_loss,

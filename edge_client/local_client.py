@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from device_profiles.channel import Link
 from device_profiles.errors import InputError
 from device_profiles.methods import ModuleShape, find_method
@@ -19,6 +21,7 @@ from device_profiles.pricing import CostBasis
 from device_profiles.profile import Profile
 from device_profiles.seeds import stream
 from edge_client.costs import CostModel, own_layout
+from edge_client.data.instructions import what_is_wrong
 from edge_client.stage_work import NO_STATES, GlobalStates, Measured, StageWork, Trained
 from edge_client.state import ClientState, StateStore, entering, settled
 from messaging.codecs import BlobHeader, encode_blob, quantise_with_feedback
@@ -134,8 +137,18 @@ class LocalClient:
 
         Raises:
             InputError: If the stage is not this client's, the state on disk is damaged or of other
-                modules, or training diverges.
+                modules, or training diverges, here or on the others.
         """
+        try:
+            return self._do(task, states, download_bytes)
+        except ValidationError as err:
+            raise InputError(
+                f"'{self.device.id}': a figure of round {task.round} ({task.stage}) is beyond what "
+                f"a report holds ({what_is_wrong(err)}): training diverged; give the run a lower "
+                "learning rate"
+            ) from err
+
+    def _do(self, task: Task, states: GlobalStates, download_bytes: int) -> Result:
         if task.stage not in self._works:
             raise InputError(
                 f"'{self.device.id}' is asked for the stage '{task.stage}', and takes part in "

@@ -175,7 +175,7 @@ class ResponseFigures(Record):
             divergence, but what shows at once that it has gone far.
     """
 
-    responses: Count
+    responses: Annotated[int, Field(ge=0, le=10_000)]
     scores: dict[Objective, Score]
     tokens: Amount
     ended: Share
@@ -252,11 +252,16 @@ class Want(_FromDevice):
 
 
 class Report(_FromDevice):
-    """Held-out results on the state of ``round``, or a training that has nothing to upload."""
+    """Held-out results on the state of ``round``, or a training that has nothing to upload.
+
+    ``stage`` and ``phase`` are the task's: one round is measured again when it is taken back, and
+    where the next stage begins.
+    """
 
     kind: Literal["REPORT"] = "REPORT"
+    stage: Stage = "instruction"
     round: Round
-    phase: Literal["train", "evaluate"]
+    phase: Literal["train", "evaluate", "restore"]
     examples: Count
     train_loss: Loss | None = None
     eval_loss: Loss | None = None

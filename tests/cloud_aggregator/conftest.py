@@ -318,6 +318,7 @@ class Puppet:
             "run": RUN,
             "client": self.client,
             "session": self.session,
+            "stage": task.stage,
             "round": task.round,
             "phase": task.work,
             "examples": 1,

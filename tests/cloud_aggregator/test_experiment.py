@@ -85,6 +85,13 @@ def test_an_unknown_name_is_told_with_the_nearest(key: str, value: str, nearest:
     assert f"did you mean '{nearest}'?" in refusal(**{key: value})
 
 
+def test_responses_that_leave_no_room_for_a_prompt_are_refused_where_there_is_alignment() -> None:
+    lengths = {"max_length": 64, "max_new_tokens": 63}
+    assert load_experiment(None, lengths).max_new_tokens == 63  # nothing is answered in stage 1
+    said = refusal(stages="instruction,reward,alignment", **lengths)
+    assert "max_new_tokens = 63 leaves no room for a prompt in max_length = 64" in said
+
+
 def test_lora_count_and_rank_may_be_given_or_left_to_the_devices() -> None:
     free = load_experiment(None, {})
     given = load_experiment(None, {"lora_count": 24, "lora_rank": 8})

@@ -132,6 +132,14 @@ def test_a_device_alone_may_come_back_with_another_way_of_scoring(registry: Regi
     assert registry.devices["a"].scoring == "int8:" + "a" * 64
 
 
+def test_in_a_run_that_goes_on_who_comes_first_scores_as_the_run_does() -> None:
+    ours, other = "int8:" + "a" * 64, "fp32:" + "a" * 64
+    registry = Registry(binding=BINDING, layout=LAYOUT.sha256, scoring=ours)
+    with pytest.raises(ProtocolError, match="'z' scores responses by"):
+        registry.greeted(scoring("z", other))
+    assert registry.greeted(scoring("a", ours))
+
+
 def test_a_device_that_comes_back_brings_its_newest_record(registry: Registry) -> None:
     registry.greeted(hello())
     registry.greeted(hello(session=LATER, device=device("a", examples=9)))

@@ -1090,6 +1090,8 @@ def test_a_result_said_twice_or_out_of_turn_counts_once(stage: Stage) -> None:
     a.report(measured, loss=2.0)
     a.report(measured, loss=2.0)
     a.report(measured, loss=99.0, round=0)  # of the round before
+    a.report(measured, loss=99.0, phase="restore")  # as if the round had been taken back
+    a.report(measured, loss=99.0, stage="reward")  # of a stage that ended with the same round
     b.report(b.expect_task("evaluate", 1), loss=4.0)
     record = run.end()
     assert record.rounds[0].global_.eval_loss == 3.0  # (2 + 4) / 2

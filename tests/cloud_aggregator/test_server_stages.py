@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from cloud_aggregator.records import RunRecord
 from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.stages import StagePlan
+from device_profiles.errors import InputError
 from edge_client.local_client import Result, Setup
 from edge_client.stage_work import GlobalStates
 from messaging.codecs import encode_blob
@@ -23,6 +25,7 @@ from tests.cloud_aggregator.conftest import (
     MODULES,
     RUN,
     SIZE,
+    Events,
     constant,
     device,
     header,
@@ -226,3 +229,37 @@ def test_a_run_goes_on_in_the_stage_where_it_was_stopped(stage: Theatre) -> None
     assert np.array_equal(states.reference, tuned)
     assert states.reward is not None
     assert np.array_equal(states.reward, heads)
+
+
+def test_a_round_that_was_being_taken_back_when_the_run_broke_off_is_done_again(
+    stage: Theatre,
+) -> None:
+    """Devices may have lost what they had learned in it: its updates alone are worth nothing."""
+    events = Events()
+    first_try = stage.aggregator(three_stages(kl_limit=5.0), record(), events)
+
+    def stop_then(told: str, what: dict[str, Any]) -> None:
+        if told == "task" and what["work"] == "restore":
+            first_try.stop()
+
+    events.on = stop_then
+    stage.host(Pupil("a", kl=9.0), Pupil("b", kl=9.0))
+    run = first_try.run()
+    assert (run.status, len(run.rounds)) == ("stopped", 3)
+    stage.leave()
+    again = Pupil("a", kl=9.0), Pupil("b", kl=9.0)
+    stage.host(*again)
+    run = stage.aggregator(three_stages(kl_limit=5.0), run).run()
+    assert [len(pupil.told("train", "alignment")) for pupil in again] == [1, 1]
+    assert [r.taken_back for r in run.rounds] == ["", "", "", "kl-limit"]
+
+
+def test_more_rounds_of_a_stage_that_another_has_followed_are_refused(stage: Theatre) -> None:
+    stage.host(Pupil("a"), Pupil("b"))
+    run = stage.aggregator(three_stages(), record()).run()
+    begun, *others = three_stages().stages
+    longer = (dataclasses.replace(begun, rounds=3), *others)
+    server = stage.aggregator(dataclasses.replace(three_stages(), stages=longer), run)
+    with pytest.raises(InputError, match="'instruction' ended after 1 rounds and 'reward' has"):
+        server.run()
+    assert (run.status, len(run.rounds)) == ("done", 5)

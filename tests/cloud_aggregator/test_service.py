@@ -78,6 +78,12 @@ def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
         ("3600", '3600\nplacement = "all"', "unknown LoRA placement 'all'"),
         ("3600", "3600\nlearning_rate = 0", "learning_rate = 0"),
         ("3600", "3600\nchunk_bytes = 1000", "chunk_bytes = 1000"),
+        (
+            "3600",
+            '3600\nstages = "instruction,reward,alignment"\n'
+            "max_length = 64\n[alignment.settings]\nmax_new_tokens = 63",
+            "max_new_tokens = 63 leaves no room for a prompt in max_length = 64",
+        ),
     ],
 )
 def test_a_mistake_is_told_with_file_key_and_remedy(

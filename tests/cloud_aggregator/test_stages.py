@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from cloud_aggregator.records import GlobalRound, Observed, RoundRecord
-from cloud_aggregator.stages import StagePlan, collapse, measure, stage_end
+from cloud_aggregator.stages import StagePlan, check_room, collapse, measure, stage_end
+from device_profiles.errors import InputError
 from messaging.protocol import AlignmentSettings, Stage
 from tests.cloud_aggregator.conftest import plan_of
 
@@ -65,22 +66,30 @@ def test_a_round_that_was_taken_back_ends_its_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("figures", "why"),
+    ("given", "why"),
     [
-        ({"kl": 9.9, "weighted_reward": 0.0}, ""),
-        ({"kl": 10.1, "weighted_reward": 5.0}, "kl-limit"),
+        ({"kl": 9.9, "change": -0.5}, ""),
+        ({"kl": 10.1, "change": 5.0}, "kl-limit"),
         ({"kl": 1.0, "drift": 10.1}, "kl-limit"),  # rollouts are drawn before the last update
-        ({"kl": 1.0, "weighted_reward": -1.49}, ""),
-        ({"kl": 1.0, "weighted_reward": -1.51}, "reward-collapse"),
+        ({"kl": 1.0, "change": -1.99}, ""),
+        ({"kl": 1.0, "change": -2.01}, "reward-collapse"),
         ({}, ""),
     ],
 )
-def test_a_round_is_taken_back_beyond_either_limit(figures: dict[str, float], why: str) -> None:
+def test_a_round_is_taken_back_beyond_either_limit(given: dict[str, float], why: str) -> None:
+    figures = dict(given)
     plan = aligning(reward_drop=2.0)
-    assert collapse(plan, 0.5, GlobalRound(**figures)) == why
+    change = figures.pop("change", None)
+    assert collapse(plan, change, GlobalRound(**figures)) == why
 
 
 def test_without_limits_or_a_beginning_nothing_is_taken_back() -> None:
     far = GlobalRound(kl=1e5, weighted_reward=-1e5)
-    assert collapse(plan_of(stage="alignment"), 0.0, far) == ""
+    assert collapse(plan_of(stage="alignment"), -1e5, far) == ""
     assert collapse(aligning(reward_drop=1.0), None, GlobalRound(weighted_reward=-math.pi)) == ""
+
+
+def test_a_response_leaves_room_for_a_token_of_the_prompt_and_the_end_token() -> None:
+    check_room(AlignmentSettings(max_new_tokens=62), 64, "a.toml")
+    with pytest.raises(InputError, match=r"^a\.toml: max_new_tokens = 63 .*; give at most 62$"):
+        check_room(AlignmentSettings(max_new_tokens=63), 64, "a.toml")

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from cloud_aggregator.records import ClientBefore, ClientRound, GlobalRound, Observed, RoundRecord
-from cloud_aggregator.summary import global_figures, reward_before, summarise, weighted_reward
+from cloud_aggregator.summary import (
+    global_figures,
+    reward_before,
+    reward_change,
+    summarise,
+    weighted_reward,
+)
 from messaging.protocol import Costs, PairFigures, Preference, Report, ResponseFigures
 from tests.cloud_aggregator.conftest import RUN, SESSION, device, record_of
 
@@ -131,3 +138,28 @@ def test_the_last_round_of_reward_learning_says_what_the_models_are_worth() -> N
     summary = summarise(run)
     assert (summary.reward_accuracy_after, summary.longer_wins) == (0.75, 0.4)
     assert summary.weighted_reward_after is None
+
+
+def test_the_reward_changes_by_what_it_does_on_each_client_that_is_there_then_and_now() -> None:
+    run = record_of(clients=[device(i) for i in "abcd"])
+    run.before = [
+        ClientBefore(
+            id=i, stage="alignment", eval_loss=None, eval_accuracy=None,
+            reward_helpfulness=reward, reward_harmlessness=reward,
+        )
+        for i, reward in (("a", -4.0), ("b", 1.0), ("c", 9.0))
+    ]  # fmt: skip
+    reports = {
+        "a": report("a", responses=responses(-4.0, -4.0, 1, 2.0)),
+        "b": report("b", responses=responses(0.0, 0.0, 16, 2.0)),
+        "d": report("d", responses=responses(-9.0, -9.0, 16, 2.0)),  # joined later; c has left
+    }
+    assert reward_change(run, reports) == -0.5  # (0 - 1) / 2
+    assert reward_change(run, {"d": reports["d"]}) is None
+    assert reward_change(record_of(), reports) is None
+
+
+def test_a_client_counts_for_no_more_responses_than_a_device_may_be_asked_for() -> None:
+    assert responses(0.0, 0.0, 10_000, 0.0).responses == 10_000
+    with pytest.raises(ValidationError, match="responses"):
+        responses(0.0, 0.0, 10_001, 0.0)

@@ -568,8 +568,25 @@ def test_a_task_of_alignment_asks_for_all_that_is_not_there_one_after_the_other(
     ):
         assert found is not None
         assert np.array_equal(found, wanted)
-    total = sum(wire_bytes(len(blob), CHUNK) for blob in (moved, LEARNED, TUNED))
-    assert device.local.performed[0][2] == total
+
+
+def test_a_device_that_was_started_again_counts_the_tasks_own_state_alone() -> None:
+    """What it fetches of earlier stages was counted there: a restart changes no bit of a round."""
+    device, moved = _Pupil(), a_state(6)
+    device.hear(in_alignment(6, moved, 6, work="evaluate"))
+    assert device.fetch(moved, LEARNED, TUNED) == [0, 1, 2]
+    device.finish_work()
+    assert device.local.performed[0][2] == wire_bytes(len(moved), CHUNK)
+
+
+@pytest.mark.parametrize("work", ["evaluate", "restore"])
+def test_a_report_says_which_measurement_of_which_stage_it_is(work: str) -> None:
+    device = _Pupil()
+    device.hear(in_alignment(6, TUNED, 3, work=work))
+    device.fetch(TUNED, LEARNED)
+    device.finish_work()
+    report = device.says(Report)
+    assert (report.stage, report.phase, report.round) == ("alignment", work, 6)
 
 
 def test_a_task_of_another_stage_hands_over_its_own_state_alone() -> None:

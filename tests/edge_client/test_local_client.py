@@ -24,15 +24,15 @@ from edge_client.data.own_data import OwnData
 from edge_client.data.prompts import encode_example
 from edge_client.local_client import LocalClient, Result
 from edge_client.peft.tuned_model import TunedModel
-from edge_client.stage_work import GlobalStates
-from edge_client.state import StateStore
+from edge_client.stage_work import GlobalStates, Measured, Trained
+from edge_client.state import ClientState, StateStore
 from edge_client.trainer import evaluate
 from edge_client.works import build_works
 from messaging.chunks import wire_bytes
 from messaging.codecs import CODECS, decode_blob
 from messaging.errors import PrivateTensorError
 from messaging.layout import Layout, Vector
-from messaging.protocol import Codec, Outcome
+from messaging.protocol import Codec, Outcome, PairFigures
 from quantization.identity import BaseIdentity
 from tests.edge_client.conftest import (
     ADAPTER_SIZE,
@@ -533,6 +533,41 @@ def test_a_device_that_changed_its_lora_count_is_told_so(bench: Bench, count: in
     assert (
         changed.perform(a_task(round=1), of(bench.start), 0).blob is not None
     )  # which begins anew
+
+
+class Diverged:
+    """Work whose held-out loss is beyond what a report holds."""
+
+    def begin(self, _seed: int) -> ClientState:
+        """Return nothing yet."""
+        return ClientState(round=0, personal={})
+
+    def evaluate(self, *_: object) -> Measured:
+        """Measure reward models that others sent out of bounds."""
+        figures = PairFigures(
+            pairs=1, loss=1e7, accuracy=0.0, longer_wins=0.5, calibration_error=1.0
+        )
+        return Measured(examples=1, pairs={"helpfulness": figures})
+
+    def train(self, *_: object) -> Trained:
+        """Learn nothing."""
+        return Trained(state=self.begin(0), after=None, loss=None, weight=1)
+
+
+def test_figures_out_of_bounds_are_told_as_a_training_that_diverged(
+    bench: Bench, identity: BaseIdentity
+) -> None:
+    client = LocalClient(
+        a_setup(bench.layout),
+        {"reward": Diverged()},
+        base=identity,
+        device=a_device("pi5-01"),
+        profile=find_profile("raspberry-pi-5-8gb"),
+        link=LINK,
+        folder=bench.folder,
+    )
+    with pytest.raises(InputError, match=r"round 4 \(reward\) .*loss: .*; give the run a lower"):
+        client.perform(a_task(work="evaluate", stage="reward", round=4))
 
 
 def test_what_another_client_left_on_the_model_is_never_used(

@@ -50,7 +50,13 @@ def test_a_malformed_data_file_is_named_with_its_first_broken_line(tmp_path: Pat
         (["--priced-at", "gpt2"], ["priced_at", "gpt2", "gpt2-small"]),
         (["--priced-lora-rank", "8"], ["priced_lora_rank", "8", "priced_at"]),
         (["--priced-at", "gpt2-small", "--priced-lora-rank", "769"], ["769", "768"]),
-        (["--stages", "reward"], ["stages", "instruction"]),
+        (["--stages", "instruction,alignment"], ["stages", "alignment", "reward"]),
+        (["--stages", "rewards"], ["stages", "rewards", "instruction"]),
+        (["--rounds", "6,4"], ["rounds", "6,4", "instruction"]),
+        (
+            ["--stages", "instruction,reward", "--helpfulness", "nowhere.jsonl"],
+            ["nowhere.jsonl", "kit"],
+        ),
         (["--resume"], ["--out"]),
     ],
 )

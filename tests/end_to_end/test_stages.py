@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import signal
 import subprocess
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from edge_client.data.instructions import kit_file
 from tests.end_to_end.conftest import await_line, comparable, pwff, read_run, start
 from tests.end_to_end.test_deployment import (
     _no_process_is_left,
@@ -47,10 +49,32 @@ held_out_prompts = 2
 
 
 @pytest.fixture(scope="module")
-def three_stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return files of a few of the kit's pairs, by objective."""
+    folder = tmp_path_factory.mktemp("pairs")
+    files = {}
+    for objective in ("helpfulness", "harmlessness"):
+        lines = kit_file(f"{objective}_preferences.jsonl").read_text().splitlines()
+        sides: dict[str, list[str]] = {"train": [], "held_out": []}
+        for line in lines:
+            sides[json.loads(line)["split"]].append(line)
+        path = folder / f"{objective}.jsonl"
+        path.write_text("\n".join([*sides["train"][:16], *sides["held_out"][:6]]) + "\n")
+        files[objective] = str(path)
+    return files
+
+
+@pytest.fixture(scope="module")
+def small(pairs: dict[str, str]) -> list[str]:
+    """Return what makes a small run of all stages."""
+    return [*SMALL, "--helpfulness", pairs["helpfulness"], "--harmlessness", pairs["harmlessness"]]
+
+
+@pytest.fixture(scope="module")
+def three_stages(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a small run of all stages without a socket."""
     folder = tmp_path_factory.mktemp("stages") / "run"
-    done = pwff("emulate", *SMALL, "--transport", "memory", "--out", str(folder))
+    done = pwff("emulate", *small, "--transport", "memory", "--out", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -86,20 +110,20 @@ def test_critics_lora_and_the_stage_1_policy_stay_on_the_device(three_stages: Pa
 
 
 def test_the_bits_are_the_same_over_mqtt_with_two_workers(
-    broker: str, three_stages: Path, tmp_path: Path
+    broker: str, small: list[str], three_stages: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    done = pwff("emulate", *SMALL, "--broker", broker, "--workers", "2", "--out", str(out))
+    done = pwff("emulate", *small, "--broker", broker, "--workers", "2", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     assert comparable(out) == comparable(three_stages)
 
 
 @pytest.mark.parametrize("line", ["round 2/5", "round 4/5"])
 def test_interrupted_in_a_later_stage_it_ends_with_the_same_bits(
-    line: str, three_stages: Path, tmp_path: Path
+    line: str, small: list[str], three_stages: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    process = start("emulate", *SMALL, "--out", str(out))
+    process = start("emulate", *small, "--out", str(out))
     await_line(process, lambda said: said.startswith(line))
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=300)
@@ -110,7 +134,11 @@ def test_interrupted_in_a_later_stage_it_ends_with_the_same_bits(
 
 
 def deployed(
-    folder: Path, url: str, processes: list[subprocess.Popen[str]], killed_at: list[str]
+    folder: Path,
+    url: str,
+    pairs: dict[str, str],
+    processes: list[subprocess.Popen[str]],
+    killed_at: list[str],
 ) -> dict[str, str]:
     """Do a run of one device, which is killed and started again at these lines of the cloud.
 
@@ -124,7 +152,7 @@ def deployed(
     config.write_text(config.read_text() + CLOUD_SECTIONS)
     own = a_client(
         "laptop.toml", folder, url, "laptop-1", stages=STAGES, run=folder.name,
-        helpfulness_data="kit", harmlessness_data="kit",
+        helpfulness_data=pairs["helpfulness"], harmlessness_data=pairs["harmlessness"],
     )  # fmt: skip
     cloud, device = start("aggregator", "--config", str(config)), start("client", "--config", own)
     processes += [cloud, device]
@@ -147,8 +175,8 @@ def deployed(
 
 
 def test_a_device_killed_in_each_stage_goes_on_to_the_same_bits(
-    broker: str, tmp_path: Path, processes: list[subprocess.Popen[str]]
+    broker: str, pairs: dict[str, str], tmp_path: Path, processes: list[subprocess.Popen[str]]
 ) -> None:
-    undisturbed = deployed(tmp_path / "one", broker, processes, [])
+    undisturbed = deployed(tmp_path / "one", broker, pairs, processes, [])
     stages = ["before: held-out acc", "before: held-out pair", "before: weighted"]
-    assert deployed(tmp_path / "two", broker, processes, stages) == undisturbed
+    assert deployed(tmp_path / "two", broker, pairs, processes, stages) == undisturbed

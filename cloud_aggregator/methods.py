@@ -8,10 +8,10 @@ from device_profiles.methods import (
     ModuleShape,
     find_method,
     held_tensors,
-    shared_tensors,
+    stage_tensors,
 )
 from device_profiles.modules import initial_adapters, initial_lora, lora_sites
-from device_profiles.reward_heads import HIDDEN, head_tensors, initial_heads
+from device_profiles.reward_heads import HIDDEN, initial_heads
 from messaging.layout import Layout, Tensors
 from messaging.protocol import Stage
 
@@ -23,25 +23,13 @@ __all__ = [
     "initial_state",
     "initial_tensors",
     "own_layout",
-    "shared_layout",
     "stage_layout",
 ]
 
 
-def shared_layout(method: Method, modules: ModuleShape) -> Layout:
-    """Return the allow-list of a run: the tensors that may travel, in order."""
-    shared = shared_tensors(method, modules)
-    return Layout.of((t.name, t.shape, t.bottleneck_axis) for t in shared)
-
-
 def stage_layout(stage: Stage, method: Method, modules: ModuleShape) -> Layout:
-    """Return the allow-list of a stage: of reward learning, the heads of the reward models."""
-    if stage != "reward":
-        return shared_layout(method, modules)
-    heads = [
-        t for name in method.objectives for t in head_tensors(name, modules.base.width, HIDDEN)
-    ]
-    return Layout.of((t.name, t.shape, t.bottleneck_axis) for t in heads)
+    """Return the allow-list of a stage: the tensors that may travel, in order."""
+    return Layout.of(stage_tensors(stage, method, modules))
 
 
 def own_layout(layout: Layout, lora_count: int) -> Layout:

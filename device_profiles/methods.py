@@ -19,8 +19,10 @@ from device_profiles.modules import (
     lora_sites,
     lora_tensors,
 )
+from device_profiles.reward_heads import head_tensors
 
 Kind = Literal["adapters", "lora"]
+Stage = Literal["instruction", "reward", "alignment"]
 Objective = Literal["helpfulness", "harmlessness"]
 
 #: What reward models judge, in the order that is used everywhere.
@@ -144,6 +146,18 @@ def shared_tensors(method: Method, modules: ModuleShape) -> list[NamedShape]:
     if "lora" in method.shared:
         tensors += lora_tensors(lora_sites(modules.base, modules.placement), modules.lora_rank)
     return tensors
+
+
+def stage_tensors(stage: Stage, method: Method, modules: ModuleShape) -> list[NamedShape]:
+    """Return the tensors that travel in a stage: of reward learning, the heads.
+
+    Raises:
+        InputError: If adapter size or placement do not fit the base.
+    """
+    if stage != "reward":
+        return shared_tensors(method, modules)
+    width = modules.base.width
+    return [tensor for name in method.objectives for tensor in head_tensors(name, width)]
 
 
 def held_tensors(names: Sequence[str], lora_count: int) -> int:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
 from device_profiles.errors import InputError
-from device_profiles.methods import Method
-
-Stage = Literal["instruction", "reward", "alignment"]
+from device_profiles.methods import Method, Stage
 
 STAGES: Final[tuple[Stage, ...]] = ("instruction", "reward", "alignment")
 _CHOICE = f"choose from {', '.join(STAGES)}, separated by commas, in this order"

@@ -21,11 +21,10 @@ from device_profiles.energy import (
     training_flops_per_token,
     uplink_cost,
 )
-from device_profiles.methods import Method, ModuleShape, held_tensors, shared_tensors
+from device_profiles.methods import Method, ModuleShape, held_tensors, stage_tensors
 from device_profiles.modules import BaseShape, adapter_tensors, first_lora_sites, lora_tensors
 from device_profiles.pricing import CostBasis
 from device_profiles.profile import Profile
-from device_profiles.reward_heads import HIDDEN, head_tensors
 from device_profiles.upload_policy import patient_upload
 from messaging.chunks import wire_bytes
 from messaging.codecs import max_blob_bytes
@@ -33,20 +32,9 @@ from messaging.layout import Layout
 from messaging.protocol import Codec, Stage
 
 
-def method_layout(method: Method, modules: ModuleShape) -> Layout:
-    """Return the allow-list of a run: the tensors that may travel, in order."""
-    shared = shared_tensors(method, modules)
-    return Layout.of((t.name, t.shape, t.bottleneck_axis) for t in shared)
-
-
 def stage_layout(stage: Stage, method: Method, modules: ModuleShape) -> Layout:
-    """Return the allow-list of a stage: of reward learning, the heads of the reward models."""
-    if stage != "reward":
-        return method_layout(method, modules)
-    heads = [
-        t for name in method.objectives for t in head_tensors(name, modules.base.width, HIDDEN)
-    ]
-    return Layout.of((t.name, t.shape, t.bottleneck_axis) for t in heads)
+    """Return the allow-list of a stage: the tensors that may travel, in order."""
+    return Layout.of(stage_tensors(stage, method, modules))
 
 
 def own_layout(layout: Layout, lora_count: int) -> Layout:

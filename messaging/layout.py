@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,22 @@ class TensorSpec:
         return 1 if self.scale_axis is None else self.shape[self.scale_axis]
 
 
+class NamedTensor(Protocol):
+    """What a layout is made of."""
+
+    @property
+    def name(self) -> str:
+        """Under which it travels."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its entries."""
+
+    @property
+    def bottleneck_axis(self) -> int | None:
+        """The axis with a scale for each entry; none for one scale."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """The shared tensors in their order."""
@@ -52,9 +69,14 @@ class Layout:
     specs: tuple[TensorSpec, ...]
 
     @classmethod
-    def of(cls, tensors: Iterable[tuple[str, tuple[int, ...], int | None]]) -> Layout:
-        """Return the layout of (name, shape, scale axis) in the order given."""
-        return cls(tuple(TensorSpec(name=n, shape=s, scale_axis=axis) for n, s, axis in tensors))
+    def of(cls, tensors: Iterable[NamedTensor]) -> Layout:
+        """Return the layout of tensors in the order given, scaled along their bottlenecks."""
+        return cls(
+            tuple(
+                TensorSpec(name=t.name, shape=t.shape, scale_axis=t.bottleneck_axis)
+                for t in tensors
+            )
+        )
 
     def first(self, count: int) -> Layout:
         """Return the layout of the first ``count`` tensors."""

@@ -97,4 +97,4 @@ class Judging:
 def heads_layout(objectives: Sequence[Objective], width: int) -> Layout:
     """Return the order of the reward models' tensors in a packed vector."""
     tensors = [t for name in objectives for t in head_tensors(name, width, HIDDEN)]
-    return Layout.of((t.name, t.shape, t.bottleneck_axis) for t in tensors)
+    return Layout.of(tensors)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from cloud_aggregator.methods import METHODS, ModuleShape, own_layout, shared_layout
+from cloud_aggregator.methods import METHODS, ModuleShape, own_layout, stage_layout
 from cloud_aggregator.records import DataRecord, ModelRecord, RunRecord
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder
@@ -57,7 +57,7 @@ BASE = BaseShape(layers=2, width=8, inner=32)
 SIZE = 4
 MODULES = ModuleShape(base=BASE, adapter_size=SIZE, placement="qkv", lora_rank=2)
 #: Six adapters of 2*8*4 + 8 + 4 = 76 parameters: 456.
-LAYOUT = shared_layout(METHODS["pwff"], MODULES)
+LAYOUT = stage_layout("instruction", METHODS["pwff"], MODULES)
 NOTHING = Layout(())
 BINDING = "b" * 64
 SESSION = "0123456789abcdef"

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from cloud_aggregator.intake import Client, Intake, IntakeRules
-from cloud_aggregator.methods import METHODS, ModuleShape, own_layout, shared_layout
+from cloud_aggregator.methods import METHODS, ModuleShape, own_layout, stage_layout
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.spool import Spool, SpoolFullError
 from device_profiles.modules import BaseShape
@@ -384,7 +384,8 @@ def test_a_disk_that_is_full_ends_the_round_and_not_in_silence(
 # -- devices that hold only the first LoRA modules ------------------------------------------------
 
 #: 36 LoRA modules of 2*(8 + 8) = 32 parameters.
-ALL = shared_layout(
+ALL = stage_layout(
+    "instruction",
     METHODS["fedlora-own"],
     ModuleShape(
         base=BaseShape(layers=12, width=8, inner=32),

@@ -13,13 +13,14 @@ from cloud_aggregator.methods import (
     find_method,
     initial_tensors,
     own_layout,
-    shared_layout,
+    stage_layout,
 )
 from device_profiles.errors import InputError
-from device_profiles.methods import held_tensors
+from device_profiles.methods import Method, held_tensors
 from device_profiles.modules import BaseShape, initial_lora, is_lora, lora_sites
-from edge_client.costs import method_layout
 from edge_client.costs import own_layout as own_layout_of_a_device
+from edge_client.costs import stage_layout as device_layout
+from messaging.layout import Layout
 
 GPT2_SMALL = BaseShape(layers=12, width=768, inner=3072)
 
@@ -54,9 +55,14 @@ def modules(rank: int = 8, adapter_size: int = 10) -> ModuleShape:
     return ModuleShape(base=GPT2_SMALL, adapter_size=adapter_size, placement="qkv", lora_rank=rank)
 
 
+def shared(method: Method, shape: ModuleShape) -> Layout:
+    """Return what travels in instruction tuning."""
+    return stage_layout("instruction", method, shape)
+
+
 def names(name: str) -> list[str]:
     """Return the names that travel under a method, in order."""
-    return [spec.name for spec in shared_layout(find_method(name), modules()).specs]
+    return [spec.name for spec in shared(find_method(name), modules()).specs]
 
 
 def test_every_method_of_the_table_is_tested_here() -> None:
@@ -69,7 +75,7 @@ def test_what_travels_at_gpt2_small_has_the_parameters_of_the_reference(
     name: str, rank: int
 ) -> None:
     adapters, lora = TRAVELS[name]
-    layout = shared_layout(find_method(name), modules(rank))
+    layout = shared(find_method(name), modules(rank))
     assert layout.size == adapters * ADAPTERS + lora * LORA[rank]
     # an adapter has two matrices and two biases, a LoRA module two factors
     assert len(layout.specs) == adapters * 4 * 36 + lora * 2 * 36
@@ -97,17 +103,17 @@ def test_no_name_of_a_lora_module_is_on_the_list_of_a_method_that_keeps_it(
     name: str, placement: str
 ) -> None:
     base = ModuleShape(base=GPT2_SMALL, adapter_size=10, placement=placement, lora_rank=8)
-    allowed = shared_layout(find_method(name), base).names
+    allowed = shared(find_method(name), base).names
     assert not [n for n in allowed if "lora" in n or "transformer" in n]
 
 
 def test_alone_nothing_is_shared() -> None:
-    layout = shared_layout(find_method("local-only"), modules())
+    layout = shared(find_method("local-only"), modules())
     assert (layout.specs, layout.size) == ((), 0)
 
 
 def test_methods_that_share_the_same_tensors_have_the_same_layout() -> None:
-    layouts = {n: shared_layout(m, modules()).sha256 for n, m in METHODS.items()}
+    layouts = {n: shared(m, modules()).sha256 for n, m in METHODS.items()}
     alike: dict[str, set[str]] = {}
     for name, sha256 in layouts.items():
         alike.setdefault(sha256, set()).add(name)
@@ -117,16 +123,16 @@ def test_methods_that_share_the_same_tensors_have_the_same_layout() -> None:
         ["local-only"],
         ["pfl", "vanilla-fl", "vanilla-fl-own"],
     ]
-    assert layouts["pwff"] == shared_layout(METHODS["pwff"], modules(rank=96)).sha256
-    assert layouts["pwff"] != shared_layout(METHODS["pwff"], modules(adapter_size=11)).sha256
-    assert layouts["fedlora"] != shared_layout(METHODS["fedlora"], modules(rank=9)).sha256
+    assert layouts["pwff"] == shared(METHODS["pwff"], modules(rank=96)).sha256
+    assert layouts["pwff"] != shared(METHODS["pwff"], modules(adapter_size=11)).sha256
+    assert layouts["fedlora"] != shared(METHODS["fedlora"], modules(rank=9)).sha256
 
 
 def test_int8_has_one_scale_for_each_bottleneck_unit() -> None:
     # an adapter: 10 rows down, 10 columns up, and one for each of the two biases;
     # a LoRA module of rank 8: 8 rows of A and 8 columns of B
-    assert shared_layout(find_method("pwff"), modules()).scales == 36 * 22
-    assert shared_layout(find_method("fedlora"), modules()).scales == 36 * 16
+    assert shared(find_method("pwff"), modules()).scales == 36 * 22
+    assert shared(find_method("fedlora"), modules()).scales == 36 * 16
 
 
 # -- a device that holds fewer LoRA modules -------------------------------------------------------
@@ -148,7 +154,7 @@ def test_lora_travels_after_the_adapters_in_the_order_in_which_it_is_filled(name
 @pytest.mark.parametrize("name", TRAVELS)
 def test_what_a_device_sends_is_the_first_of_what_the_run_shares(name: str, count: int) -> None:
     adapters, lora = TRAVELS[name]
-    run = shared_layout(find_method(name), modules())
+    run = shared(find_method(name), modules())
     own = own_layout(run, count)
     assert own.specs == run.specs[: len(own.specs)]
     # 8*(768 + 768) parameters a module; adapters are on every device
@@ -157,7 +163,7 @@ def test_what_a_device_sends_is_the_first_of_what_the_run_shares(name: str, coun
 
 
 def test_a_device_with_12_modules_sends_the_queries_of_all_blocks() -> None:
-    own = own_layout(shared_layout(find_method("fedlora-own"), modules()), 12)
+    own = own_layout(shared(find_method("fedlora-own"), modules()), 12)
     assert own.names == {
         f"transformer.h.{block}.attn.c_attn.query.lora_{factor}.weight"
         for block in range(12)
@@ -166,7 +172,7 @@ def test_a_device_with_12_modules_sends_the_queries_of_all_blocks() -> None:
 
 
 def test_more_modules_than_the_run_has_are_all_of_them() -> None:
-    run = shared_layout(find_method("vanilla-fl"), modules())
+    run = shared(find_method("vanilla-fl"), modules())
     assert own_layout(run, 40) == run
     assert own_layout(run, 36) is run
     assert held_tensors([], 12) == 0
@@ -176,8 +182,8 @@ def test_more_modules_than_the_run_has_are_all_of_them() -> None:
 @pytest.mark.parametrize("name", TRAVELS)
 def test_device_and_cloud_hold_the_same_lists(name: str, count: int) -> None:
     """The two sides may not import each other; what they agree on is compared by its hash."""
-    cloud = shared_layout(find_method(name), modules())
-    device = method_layout(find_method(name), modules())
+    cloud = shared(find_method(name), modules())
+    device = device_layout("instruction", find_method(name), modules())
     assert device.sha256 == cloud.sha256
     assert own_layout_of_a_device(device, count).sha256 == own_layout(cloud, count).sha256
 
@@ -187,7 +193,7 @@ def test_device_and_cloud_hold_the_same_lists(name: str, count: int) -> None:
 
 @pytest.mark.parametrize("name", TRAVELS)
 def test_the_first_state_has_exactly_the_tensors_that_travel(name: str) -> None:
-    layout = shared_layout(find_method(name), modules())
+    layout = shared(find_method(name), modules())
     first = initial_tensors(find_method(name), modules(), seed=3)
     assert set(first) == layout.names
     assert layout.pack(first).shape == (layout.size,)
@@ -242,4 +248,4 @@ def test_an_unknown_method_is_told_with_the_nearest(name: str, nearest: str) -> 
 
 def test_an_adapter_wider_than_the_base_is_refused() -> None:
     with pytest.raises(InputError, match="adapter size 769; choose 1 to 768"):
-        shared_layout(find_method("pwff"), modules(adapter_size=769))
+        shared(find_method("pwff"), modules(adapter_size=769))

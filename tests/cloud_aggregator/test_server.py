@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from cloud_aggregator.methods import METHODS, shared_layout
+from cloud_aggregator.methods import METHODS, stage_layout
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder, read_record
@@ -271,7 +271,7 @@ def test_alone_nothing_is_uploaded(stage: Stage) -> None:
 
 def lora_run(method: str) -> tuple[RunSettings, Layout]:
     """Return a run whose devices share LoRA: six modules of 2*(8 + 8) = 32 parameters."""
-    layout = shared_layout(METHODS[method], MODULES)
+    layout = stage_layout("instruction", METHODS[method], MODULES)
     return settings_of(method=method, layout=layout, rounds=1), layout
 
 

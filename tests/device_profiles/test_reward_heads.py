@@ -25,9 +25,7 @@ def test_a_head_has_two_layers_on_two_vectors_and_a_length() -> None:
 
 
 def test_first_values_travel_in_the_layout_of_the_heads() -> None:
-    layout = Layout.of(
-        (t.name, t.shape, t.bottleneck_axis) for o in OBJECTIVES for t in head_tensors(o, 16, 8)
-    )
+    layout = Layout.of(t for o in OBJECTIVES for t in head_tensors(o, 16, 8))
     heads = initial_heads(OBJECTIVES, 16, 8, seed=3)
     back = layout.unpack(layout.pack(heads))
     assert list(back) == list(heads)

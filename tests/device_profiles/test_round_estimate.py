@@ -41,7 +41,7 @@ def test_the_adapters_of_gpt2_small_are_18_6_megabits() -> None:
 def test_codecs_take_what_the_protocol_packs(codec: str) -> None:
     shape = REFERENCE_JOB.shape
     tensors = adapter_tensors(shape.base, shape.adapter_size)
-    layout = Layout.of((t.name, t.shape, t.bottleneck_axis) for t in tensors)
+    layout = Layout.of(tensors)
     header = max_blob_bytes(Layout(()), codec)
     packed = max_blob_bytes(layout, codec) - header
     assert upload_bits(shape, codec) == 8 * packed

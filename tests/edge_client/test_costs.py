@@ -20,13 +20,12 @@ from device_profiles.seeds import stream
 from edge_client.costs import (
     CostModel,
     Uplink,
-    method_layout,
     own_layout,
+    stage_layout,
     trained_parameters,
 )
 from messaging.chunks import CHUNK_BYTES, wire_bytes
 from messaging.codecs import CODECS, BlobHeader, encode_blob
-from messaging.layout import Layout
 from messaging.protocol import Codec
 
 MINI = BaseShape(layers=12, width=128, inner=512)
@@ -64,7 +63,8 @@ def model(
 
 def blob(method: str, codec: Codec, *, count: int = 36, shape: ModuleShape | None = None) -> bytes:
     """Return an update of a device, at the learning shape by default."""
-    layout: Layout = own_layout(method_layout(METHODS[method], shape or modules()), count)
+    run = stage_layout("instruction", METHODS[method], shape or modules())
+    layout = own_layout(run, count)
     header = BlobHeader(
         run="trial",
         round=1,

@@ -19,7 +19,7 @@ from device_profiles.modules import initial_adapters, initial_lora, lora_sites
 from device_profiles.pricing import CostBasis, cost_basis
 from device_profiles.profile import find_profile
 from device_profiles.seeds import stream
-from edge_client.costs import method_layout
+from edge_client.costs import stage_layout
 from edge_client.data.own_data import OwnData
 from edge_client.data.prompts import encode_example
 from edge_client.local_client import LocalClient, Result
@@ -92,7 +92,7 @@ class Bench:
 
     def shared(self, method: str) -> Layout:
         """Return what all devices of a run share under a method."""
-        return method_layout(METHODS[method], modules(self.model.base.identity))
+        return stage_layout("instruction", METHODS[method], modules(self.model.base.identity))
 
     def store(self, client: str = "pi5-01") -> StateStore:
         """Return what a client keeps."""

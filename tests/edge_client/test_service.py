@@ -320,11 +320,7 @@ def test_a_device_with_preference_pairs_says_how_many_and_how_it_scores(
     reference = kit_file("reference_responses.jsonl").read_bytes()
     assert device.scoring == f"fp32:{hashlib.sha256(reference).hexdigest()}"
     adapters = adapter_layout(identity)
-    heads = Layout.of(
-        (t.name, t.shape, t.bottleneck_axis)
-        for name in OBJECTIVES
-        for t in head_tensors(name, identity.shape.width)
-    )
+    heads = Layout.of(t for n in OBJECTIVES for t in head_tensors(n, identity.shape.width))
     assert hello.layout == joint_sha256([adapters, heads, adapters])
 
 

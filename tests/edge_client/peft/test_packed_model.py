@@ -478,7 +478,7 @@ def test_the_shared_part_of_a_state_is_what_its_layout_packs(
     model = make(tiny, 12)
     tensors = filled(model)
     planned = adapter_tensors(identity.shape, ADAPTER_SIZE)
-    layout = Layout.of((t.name, t.shape, t.bottleneck_axis) for t in planned)
+    layout = Layout.of(planned)
     packed = layout.pack({n: t for n, t in tensors.items() if n in layout.names})
     assert np.array_equal(model.take_flat()[: layout.size], packed)
     model.put_flat(2 * packed)

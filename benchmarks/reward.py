@@ -32,13 +32,14 @@ from device_profiles.seeds import stream
 from edge_client.data.instructions import Example
 from edge_client.data.preferences import Pair, load_preferences
 from edge_client.data.prompts import encode_example
+from edge_client.descent import Moments
 from edge_client.peft.packed_model import PackedModel
 from edge_client.quiet import import_quietly
 from edge_client.reward.encoder import Encoder
 from edge_client.reward.evaluation import evaluate_pairs, wins
 from edge_client.reward.features import Trunk
 from edge_client.reward.head import Head, scores
-from edge_client.reward.training import LEARNING_RATE, WEIGHT_DECAY, Moments, train_head
+from edge_client.reward.training import LEARNING_RATE, WEIGHT_DECAY, train_head
 from messaging.layout import Tensors
 from quantization.frozen_gpt2 import FrozenBase, load_frozen
 from quantization.identity import identify

@@ -12,14 +12,18 @@ import secrets
 from collections.abc import Callable
 from typing import Literal, Protocol
 
+from device_profiles.seeds import stream
+from edge_client.ledger import Ledger
 from edge_client.local_client import Result, Setup
+from edge_client.outbox import Outbox, task_key
 from edge_client.stage_work import GlobalStates
-from messaging import topics
+from messaging import chunks, security, topics
 from messaging.chunks import chunk_count, make_chunk, parse_chunk, wire_bytes
 from messaging.codecs import decode_blob, max_blob_bytes
 from messaging.errors import ProtocolError
 from messaging.layout import Layout, Vector
 from messaging.protocol import (
+    Alive,
     DeviceRecord,
     Done,
     Grant,
@@ -37,6 +41,7 @@ from messaging.protocol import (
     decode,
     encode,
 )
+from messaging.security import DeviceSeal
 from messaging.transfer import SILENCE_SECONDS, Download, Upload
 
 log = logging.getLogger(__name__)
@@ -65,6 +70,12 @@ class Agent:
         binding: Hash of the device's own base, tokenizer and placement.
         publish: Sends a payload to a topic (topic, payload, retain).
         start_work: Runs a function elsewhere; its result comes back through ``worked``.
+        seal: Seals what is said and opens what is heard; without it, messages are plain.
+        ledger: The device's starts, and the newest aggregator that it has heard, on its disk.
+        outbox: Keeps the update that is owed on disk; without it, a device that is started again
+            trains the round again.
+        heartbeat_seconds: Between two ALIVE; none says nothing in between.
+        spread: Told over how many seconds devices return after a break.
     """
 
     def __init__(
@@ -74,17 +85,29 @@ class Agent:
         binding: str,
         publish: Publish,
         start_work: Callable[[Callable[[], Result]], None],
+        seal: DeviceSeal | None = None,
+        ledger: Ledger | None = None,
+        outbox: Outbox | None = None,
+        heartbeat_seconds: float | None = None,
+        spread: Callable[[float], None] | None = None,
     ) -> None:
         self.local = local
         self.id = local.device.id
         self.run = local.setup.run
-        self.session = secrets.token_hex(8)
+        self.session = secrets.token_hex(8) if seal is None else seal.session
         self.finished = False
         self.failure: str | None = None
         self._binding = binding
         self._seen_aggregator = ""
         self._publish = publish
         self._start_work = start_work
+        self._seal, self._ledger, self._outbox = seal, ledger, outbox
+        self._heartbeat, self._spread = heartbeat_seconds, spread
+        self._window = 0.0  # seconds over which devices return after a break
+        self._greetings = 0
+        self._greet_at: float | None = None
+        self._alive_at: float | None = None
+        self._taken_back: tuple[int, ...] = ()
         self._task: Task | None = None
         self._working = False
         self._held: dict[str, Vector] = {}  # global states by their hash
@@ -99,39 +122,78 @@ class Agent:
         """What the device subscribes to."""
         return [topics.down(self.run, self.id), topics.manifest(self.run)]
 
-    def hello(self, *, online: bool = True) -> bytes:
-        """Return the retained message that says that the device is there, or that it left."""
-        return encode(
+    def hello(self, *, online: bool = True, will: bool = False) -> bytes:
+        """Return the retained message that says that the device is there, or that it left.
+
+        A ``will`` is what the broker says for a device that vanishes.
+        """
+        message = encode(
             Hello(
                 run=self.run,
                 client=self.id,
                 session=self.session,
+                epoch=0 if self._ledger is None else self._ledger.epoch,
                 online=online,
                 binding=self._binding,
                 layout=self.local.setup.layouts_sha256,
                 device=self.local.device if online else None,
             )
         )
+        return message if self._seal is None else self._seal.seal(message, will=will)
 
-    def connected(self) -> None:
-        """Say that the device is there; called on every connection."""
-        if not self.finished:
+    def connected(self, now: float) -> None:
+        """Say that the device is there; called on every connection.
+
+        A sealed HELLO is for an aggregator that is known: the first one waits for its manifest.
+        """
+        if not self.finished and (self._seal is None or self._seen_aggregator):
+            self._greet(now)
+
+    def _greet(self, now: float) -> None:
+        """Say HELLO, at once the first time; later somewhere in the window that all share."""
+        self._greetings += 1
+        wait = 0.0
+        if self._greetings > 1:
+            place = stream(0, "reconnect", self.id, self.session, self._greetings)
+            wait = self._window * float(place.random())
+        self._greet_at = now + wait
+        self._greet_if_due(now)
+
+    def _greet_if_due(self, now: float) -> None:
+        if self._greet_at is not None and now >= self._greet_at:
+            self._greet_at, self._alive_at = None, now
             self._publish(topics.state(self.run, self.id), self.hello(), True)
 
-    def received(self, payload: bytes, now: float) -> None:
-        """Take one message or chunk; whatever is malformed is logged and left."""
+    def received(self, payload: bytes, now: float, *, topic: str = "") -> None:
+        """Take one message or chunk; whatever is malformed or not sealed is logged and left.
+
+        Raises:
+            DiskError: If the disk does not take what must be remembered of it.
+        """
         if self.finished:
             return
         if not payload:
             return  # a retained message was cleared
         try:
-            if payload[:1] != b"{":
+            if payload.startswith(chunks.MAGIC):
                 self._data(payload, now)
-                return
-            message = decode(payload)
-            self._take(message, now)
+            else:
+                self._take(decode(self._opened(payload, topic)), now)
         except ProtocolError as err:
             log.warning("%s: refused a message (%s): %s", self.id, err.code, err.reason)
+
+    def _opened(self, packet: bytes, topic: str) -> bytes:
+        seal = self._seal
+        if seal is None:
+            if packet.startswith(security.MAGIC):
+                raise ProtocolError("mac", "the run seals its messages; give this device its key")
+            return packet
+        if topic != topics.manifest(self.run):
+            return seal.open(packet)
+        message = seal.open_manifest(packet)
+        if self._ledger is not None:
+            self._ledger.heard(seal.highest)
+        return message
 
     def _take(self, message: Message, now: float) -> None:
         if message.run != self.run or getattr(message, "client", self.id) != self.id:
@@ -140,7 +202,7 @@ class Agent:
         if isinstance(message, Task):
             self._tasked(message, now)
         elif isinstance(message, Manifest):
-            self._check_manifest(message)
+            self._check_manifest(message, now)
         elif isinstance(message, Reject):
             self._rejected(message)
         elif upload is None or getattr(message, "blob", None) != upload.offer.blob:
@@ -151,10 +213,11 @@ class Agent:
             self._send_chunks(upload, upload.acknowledged(message, now))
         elif isinstance(message, Done):
             self._upload = None
+            self._settle()
             if message.status == "late":
                 log.info("%s: update came late and is left out", self.id)
 
-    def _check_manifest(self, manifest: Manifest) -> None:
+    def _check_manifest(self, manifest: Manifest, now: float) -> None:
         if manifest.binding != self._binding:
             self._fail(
                 "the run is built on another base, tokenizer or LoRA placement than this device; "
@@ -172,26 +235,46 @@ class Agent:
             )
         elif manifest.finished:  # with a task at hand, this device was away when it was told
             log.info("%s: the run '%s' is over; a new run takes a new name", self.id, self.run)
-            self.finished = True
-        elif manifest.session != self._seen_aggregator:
-            self._seen_aggregator = manifest.session
-            self.connected()
+            self._leave()
+        else:
+            self._taken_back = manifest.taken_back
+            self._window = manifest.reconnect_seconds
+            if self._spread is not None:
+                self._spread(self._window)
+            if manifest.session != self._seen_aggregator:
+                self._seen_aggregator = manifest.session
+                self._greet(now)
 
     def _fail(self, reason: str) -> None:
         self.failure = reason
         self.finished = True
 
+    def gave_up(self, reason: str) -> None:
+        """Leave the run: what the device was asked for cannot be done, for this reason."""
+        self._working = False
+        self._fail(reason)
+
+    def _leave(self) -> None:
+        self.finished = True
+        self._settle()
+
+    def _settle(self) -> None:
+        """Forget the update on disk: nobody is owed it."""
+        if self._outbox is not None:
+            self._outbox.clear()
+
     def _rejected(self, reject: Reject) -> None:
         log.error("%s: refused by the aggregator (%s): %s", self.id, reject.code, reject.reason)
         if self._upload is not None and reject.blob == self._upload.offer.blob:
             self._upload = self._result = None
+            self._settle()
         if reject.code in FATAL_REJECTS:
             self._fail(reject.reason)
 
     def _tasked(self, task: Task, now: float) -> None:
         if task.work == "stop":
             log.info("%s: the run is over: %s", self.id, task.reason)
-            self.finished = True
+            self._leave()
             return
         if self._task is not None and _same(self._task, task):
             self._answer(now)  # what came of it was perhaps lost, here or at the aggregator
@@ -201,7 +284,14 @@ class Agent:
                 raise ProtocolError("size", f"a global state of {ref.bytes} bytes is too large")
         self._task = task
         self._result = self._upload = None
-        if not self._working:
+        if self._working:
+            return
+        if self._outbox is not None:
+            self._result = self._outbox.of(task)
+        if self._result is not None:
+            self._answer(now)  # it was trained before the device was started again
+        else:
+            self._settle()
             self._begin(now)
 
     def _begin(self, now: float) -> None:
@@ -218,7 +308,14 @@ class Agent:
         states = self._states(task)
         downloaded, self._downloaded = self._downloaded, 0
         self._working = True
-        self._start_work(lambda: self.local.perform(task, states, downloaded))
+        self._start_work(lambda: self._perform(task, states, downloaded))
+
+    def _perform(self, task: Task, states: GlobalStates, downloaded: int) -> Result:
+        """Do the work, and keep what is owed of it; on the thread of the work."""
+        result = self.local.perform(task, states, downloaded)
+        if self._outbox is not None:
+            self._outbox.put(task, result)
+        return result
 
     def _needed(self, task: Task) -> list[tuple[StateRef, Layout]]:
         """Return the global states that a task names, and what is in each."""
@@ -241,7 +338,10 @@ class Agent:
             return self._held[ref.blob] if ref is not None and ref.blob in self._held else None
 
         return GlobalStates(
-            shared=of(task.state), reward=of(task.reward), reference=of(task.reference)
+            shared=of(task.state),
+            reward=of(task.reward),
+            reference=of(task.reference),
+            taken_back=self._taken_back,
         )
 
     def _ask(self, now: float) -> None:
@@ -368,13 +468,25 @@ class Agent:
         """Say again what was perhaps not heard; called about once a second."""
         if self.finished:
             return
+        self._greet_if_due(now)
+        self._say_alive(now)
         if self._upload is not None and self._upload.must_offer_again(now):
             self._send(self._upload.offer)
         if self._download is not None:
             self._ask(now)
 
+    def _say_alive(self, now: float) -> None:
+        if self._heartbeat is None or self._alive_at is None:
+            return
+        if now - self._alive_at >= self._heartbeat:
+            self._alive_at = now
+            self._send(Alive(run=self.run, client=self.id, session=self.session))
+
     def _send(self, message: Message) -> None:
-        self._publish(topics.control(self.run, self.id), encode(message), False)
+        payload = encode(message)
+        if self._seal is not None:
+            payload = self._seal.seal(payload)
+        self._publish(topics.control(self.run, self.id), payload, False)
 
     def _send_chunks(self, upload: Upload, indices: list[int]) -> None:
         offer = upload.offer
@@ -385,6 +497,4 @@ class Agent:
 
 
 def _same(one: Task, other: Task) -> bool:
-    return (one.work, one.round, one.stage, one.state) == (
-        other.work, other.round, other.stage, other.state,
-    )  # fmt: skip
+    return task_key(one) == task_key(other)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from device_profiles import logs
 from edge_client.doctor import doctor
 from edge_client.pretrain_command import pretrain
 
@@ -29,8 +29,12 @@ class _GaveUpError(Exception):
 @click.option(
     "--config", "path", required=True, type=click.Path(path_type=Path), help="A TOML file."
 )
-@click.option("-v", "--verbose", is_flag=True, help="The whole log.")
-def client(path: Path, verbose: bool) -> int:
+@click.option("-v", "--verbose", is_flag=True, help="The whole log: --log-level debug.")
+@click.option("--log-level", type=click.Choice(logs.LEVELS), help="The least logged (info).")
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", help="json: one a line."
+)
+def client(path: Path, verbose: bool, log_level: str | None, log_format: logs.Format) -> int:
     """Take part in a run with this device's own data, until the run is over.
 
     The device keeps its LoRA modules, its text and its optimiser in the configured folder; the
@@ -38,10 +42,10 @@ def client(path: Path, verbose: bool) -> int:
     """
     from edge_client.service import load_client, take_part
 
-    level = logging.DEBUG if verbose else logging.INFO
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
+    logs.start(log_format, log_level or ("debug" if verbose else "info"))
     stopped = threading.Event()
     configured = load_client(path)
+    logs.place(run=configured.run, client=configured.client)
 
     def on_start(host: Host) -> None:
         """Let Ctrl-C and SIGTERM end the host in good order."""

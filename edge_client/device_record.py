@@ -20,6 +20,7 @@ from device_profiles.step_memory import base_bytes
 from device_profiles.step_model import StepShape
 from edge_client.costs import own_layout, stage_layout
 from edge_client.data.partition import Part
+from edge_client.privacy import withheld_record
 from messaging.layout import Layout
 from messaging.protocol import Channel, DeviceRecord, Power, Precision, Preference, Stage
 from quantization.identity import BaseIdentity
@@ -97,8 +98,11 @@ def describe_device(
     scoring: str = "",
     precision: Precision = "fp32",
     costs: Literal["modelled", "measured"],
+    private: bool = False,
 ) -> DeviceRecord:
     """Return the record of a device that trains ``lora_count`` LoRA modules, if its method has any.
+
+    A ``private`` one says nothing of how much data it has, or of what.
 
     Raises:
         InputError: If rank, adapter size or count do not fit the base.
@@ -108,7 +112,7 @@ def describe_device(
     sites = first_lora_sites(shape, modules.placement, lora_count) if "lora" in trained else []
     adapters = adapter_tensors(shape, modules.adapter_size) if "adapters" in trained else []
     tensors = [*adapters, *lora_tensors(sites, rank)]
-    return DeviceRecord.model_validate(
+    device = DeviceRecord.model_validate(
         {
             "id": client,
             "profile": profile.name,
@@ -141,3 +145,4 @@ def describe_device(
             "costs": costs,
         }
     )
+    return withheld_record(device) if private else device

@@ -12,14 +12,19 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from device_profiles.errors import InputError
 from edge_client.agent import Agent, Performer
+from edge_client.ledger import Ledger
 from edge_client.local_client import Result
+from edge_client.outbox import Outbox
+from edge_client.progress import StoppedError
 from messaging import topics
 from messaging.protocol import Task
+from messaging.security import DeviceSeal
 from messaging.transport import Network, Transport, Will
 
 log = logging.getLogger(__name__)
@@ -33,6 +38,13 @@ Event = tuple[Callable[..., None], tuple[object, ...]]
 class _Seat:
     agent: Agent
     transport: Transport
+
+
+def _say_goodbye(seat: _Seat) -> None:
+    agent = seat.agent
+    seat.transport.publish(
+        topics.state(agent.run, agent.id), agent.hello(online=False), retain=True
+    )
 
 
 def _release_memory() -> None:
@@ -52,7 +64,14 @@ class Host:
         network: Opens the connections.
         performers: One for each client.
         binding: Hash of base, tokenizer and placement.
-        clock: Monotonic seconds.
+        clock: Monotonic seconds; the date is of no use to a host.
+        seals: By client, where messages are sealed.
+        ledgers: By client: its starts, counted on its disk.
+        outboxes: By client: keeps the update that it owes, on its disk.
+        heartbeat_seconds: Between two signs of life of a client; none gives none.
+        isolates: Whether a client whose input is bad leaves alone, with its sentence, and the
+            others go on; otherwise, and where it is the only one, the host ends with the error.
+        interrupt: Called when the host is to leave, so that work that is under way stops soon.
     """
 
     def __init__(
@@ -62,8 +81,16 @@ class Host:
         *,
         binding: str,
         clock: Callable[[], float] = time.monotonic,
+        seals: Mapping[str, DeviceSeal] | None = None,
+        ledgers: Mapping[str, Ledger] | None = None,
+        outboxes: Mapping[str, Outbox] | None = None,
+        heartbeat_seconds: float | None = None,
+        isolates: bool = False,
+        interrupt: Callable[[], None] = lambda: None,
     ) -> None:
         self._clock = clock
+        self._seals, self._ledgers, self._outboxes = seals or {}, ledgers or {}, outboxes or {}
+        self._heartbeat, self._isolates, self._interrupt = heartbeat_seconds, isolates, interrupt
         # A simple queue: a signal handler may put while this thread gets.
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._work = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pwff-work")
@@ -77,24 +104,42 @@ class Host:
         def publish(topic: str, payload: bytes, retain: bool) -> None:
             seats[0].transport.publish(topic, payload, retain=retain)
 
+        def spread(seconds: float) -> None:
+            narrow: Callable[[float], None] | None
+            narrow = getattr(seats[0].transport, "spread", None)
+            if narrow is not None:
+                narrow(seconds)
+
+        client = performer.device.id
         agent = Agent(
             performer,
             binding=binding,
             publish=publish,
             start_work=lambda function: self._submit(agent, function),
+            seal=self._seals.get(client),
+            ledger=self._ledgers.get(client),
+            outbox=self._outboxes.get(client),
+            heartbeat_seconds=self._heartbeat,
+            spread=spread,
         )
         transport = network.open(
             client_id=f"pwff-{agent.run}-{agent.id}",
             filters=agent.filters,
-            deliver=lambda _topic, payload: self._inbox.put((self._received, (agent, payload))),
-            connected=lambda: self._inbox.put((agent.connected, ())),
-            will=Will(topic=topics.state(agent.run, agent.id), payload=agent.hello(online=False)),
+            deliver=lambda *packet: self._inbox.put((self._received, (agent, *packet))),
+            connected=lambda: self._inbox.put((self._connected, (agent,))),
+            will=Will(
+                topic=topics.state(agent.run, agent.id),
+                payload=agent.hello(online=False, will=True),
+            ),
         )
         seats.append(_Seat(agent, transport))
         return seats[0]
 
-    def _received(self, agent: Agent, payload: bytes) -> None:
-        agent.received(payload, self._clock())
+    def _received(self, agent: Agent, topic: str, payload: bytes) -> None:
+        agent.received(payload, self._clock(), topic=topic)
+
+    def _connected(self, agent: Agent) -> None:
+        agent.connected(self._clock())
 
     def _submit(self, agent: Agent, function: Callable[[], Result]) -> None:
         task = agent.task
@@ -102,6 +147,11 @@ class Host:
         def work() -> None:
             try:
                 result = function()
+            except StoppedError:
+                return  # the host is leaving, and what was done so far is on the disk
+            except InputError as err:
+                self._inbox.put((self._gave_up, (agent, err)))
+                return
             except BaseException as err:
                 self._failure = err
                 self._inbox.put(None)
@@ -114,8 +164,21 @@ class Host:
     def _worked(self, agent: Agent, task: Task, result: Result) -> None:
         agent.worked(task, result, self._clock())
 
+    def _gave_up(self, agent: Agent, err: InputError) -> None:
+        if not self._isolates or len(self._seats) == 1:
+            raise err
+        log.error("%s: %s; the other clients of this host go on", agent.id, err)
+        agent.gave_up(str(err))
+        seat = next(seat for seat in self._seats if seat.agent is agent)
+        _say_goodbye(seat)
+
     def stop(self) -> None:
-        """Make ``run`` leave in good order; callable from any thread or signal handler."""
+        """Make ``run`` leave in good order; callable from any thread or signal handler.
+
+        Work under way stops at its next step, is put down where it can be taken up again, and is
+        waited for.
+        """
+        self._interrupt()
         self._stop.set()
         self._inbox.put(None)
 
@@ -147,11 +210,10 @@ class Host:
             self._leave()
 
     def _leave(self) -> None:
+        self._interrupt()
         self._work.shutdown(wait=True, cancel_futures=True)
         for seat in self._seats:
-            agent = seat.agent
-            state = topics.state(agent.run, agent.id)
-            seat.transport.publish(state, agent.hello(online=False), retain=True)
+            _say_goodbye(seat)
             seat.transport.close()
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 from edge_client.data.instructions import Example
 from edge_client.data.prompts import Encoded, encode_example
 from edge_client.policy import Policy
+from edge_client.progress import Progress
 from edge_client.stage_work import GlobalStates, Measured, Trained
 from edge_client.state import ClientState
 from edge_client.trainer import evaluate, train
@@ -23,6 +24,7 @@ class InstructionWork:
         held_out: Its own data, to measure on.
         lora_rank: Of its LoRA modules.
         adapter_size: Of its adapters.
+        progress: Where it is written down how far a training is; none begins it anew.
     """
 
     def __init__(
@@ -33,10 +35,12 @@ class InstructionWork:
         held_out: list[Example],
         lora_rank: int,
         adapter_size: int,
+        progress: Progress | None = None,
     ) -> None:
         self._policy = policy
         self._parts = {"train": train_examples, "held_out": held_out}
         self._modules = lora_rank, adapter_size
+        self._progress = progress
         self._encoded: dict[tuple[str, int], list[Encoded]] = {}
 
     def begin(self, seed: int) -> ClientState:
@@ -61,6 +65,7 @@ class InstructionWork:
             learning_rate=task.learning_rate,
             seed=task.seed,
             words=(policy.device.id, task.round),
+            progress=self._progress,
         )
         return Trained(
             state=replace(
@@ -85,7 +90,8 @@ class InstructionWork:
         """
         self._policy.install(state, states.shared)
         held_out = self._examples("held_out", task.max_length)
-        result = evaluate(self._policy.model, held_out)
+        interruption = None if self._progress is None else self._progress.interruption
+        result = evaluate(self._policy.model, held_out, interruption)
         return Measured(
             examples=len(held_out), eval_loss=result.loss, eval_accuracy=result.accuracy
         )

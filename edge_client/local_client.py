@@ -23,7 +23,7 @@ from device_profiles.seeds import stream
 from edge_client.costs import CostModel, own_layout
 from edge_client.data.instructions import what_is_wrong
 from edge_client.stage_work import NO_STATES, GlobalStates, Measured, StageWork, Trained
-from edge_client.state import ClientState, StateStore, entering, settled
+from edge_client.state import ClientState, StateStore, entering, outcome_for, settled
 from messaging.codecs import BlobHeader, encode_blob, quantise_with_feedback
 from messaging.layout import Layout, Vector, joint_sha256
 from messaging.protocol import (
@@ -138,6 +138,8 @@ class LocalClient:
         Raises:
             InputError: If the stage is not this client's, the state on disk is damaged or of other
                 modules, or training diverges, here or on the others.
+            DiskError: If the disk does not take the new state; the old one is as it was.
+            StoppedError: If the device is to leave in the middle of it.
         """
         try:
             return self._do(task, states, download_bytes)
@@ -154,10 +156,12 @@ class LocalClient:
                 f"'{self.device.id}' is asked for the stage '{task.stage}', and takes part in "
                 f"{', '.join(self._works)}; give it the stages of the run, and the data they need"
             )
+        for round_ in states.taken_back:
+            self._store.take_back(round_)
         if task.work == "train":
             return self._train(task, states, download_bytes)
         if task.work == "restore":
-            self._store.save(replace(self._state(task, before=task.round), round=task.round))
+            self._store.take_back(task.round)
         return self._evaluate(task, states, download_bytes)
 
     def _state(self, task: Task, *, before: int) -> ClientState:
@@ -169,8 +173,9 @@ class LocalClient:
 
     def _evaluate(self, task: Task, states: GlobalStates, download_bytes: int) -> Result:
         state = self._state(task, before=task.round + 1)
-        if state.round == task.round and state.pending is not None:
-            state = settled(state, task.outcome)
+        outcome = outcome_for(state, task)
+        if state.pending is not None and outcome is not None:
+            state = settled(state, outcome)
             self._store.save(state)
         measured = self._works[task.stage].evaluate(task, state, states)
         return _result(measured, self._downlink(task, download_bytes))
@@ -185,7 +190,9 @@ class LocalClient:
 
     def _train(self, task: Task, states: GlobalStates, download_bytes: int) -> Result:
         started = self._clock()
-        before = settled(self._state(task, before=task.round), task.outcome)
+        before = self._state(task, before=task.round)
+        # Of an update that nobody speaks of any more, nothing is known to have arrived.
+        before = settled(before, outcome_for(before, task) or "none")
         done = self._works[task.stage].train(task, before, states)
         state, blob = replace(done.state, round=task.round), None
         if states.shared is not None and done.after is not None:

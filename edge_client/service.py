@@ -22,9 +22,12 @@ from edge_client.data.own_data import Preferences, load_sources
 from edge_client.data.partition import partition
 from edge_client.device_record import Modules, describe_device, held_bytes
 from edge_client.host import Host
+from edge_client.ledger import Ledger
 from edge_client.local_client import LocalClient, Setup
+from edge_client.outbox import Outbox
 from edge_client.peft.packed_model import PackedModel
 from edge_client.preflight import check_memory, client_memory, free_memory, step_shape
+from edge_client.progress import Interruption, Progress
 from edge_client.reward.reference import scoring
 from edge_client.works import build_works, load_judging
 from messaging.chunks import CHUNK_BYTES
@@ -61,6 +64,9 @@ class Client(Config):
         held_out_share: Of the device's examples, where the data does not say itself.
         helpfulness: The user's preference; harmlessness has the rest.
         threads: Processor threads.
+        checkpoint_steps: Training steps after which it is written down where the training stands:
+            so many at most are lost when the device is killed.
+        heartbeat_seconds: Between two signs of life; the aggregator's own limit is some of these.
     """
 
     run: Identifier
@@ -87,6 +93,8 @@ class Client(Config):
     channel: Literal["paper", "profile"] = "profile"
     chunk_bytes: Annotated[int, Field(ge=1024, le=262_144)] = CHUNK_BYTES
     threads: Annotated[int, Field(ge=1, le=256)] = 1
+    checkpoint_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    heartbeat_seconds: Annotated[float, Field(ge=1, le=3600)] = 30.0
 
 
 def load_client(path: Path) -> Client:
@@ -105,24 +113,44 @@ def load_client(path: Path) -> Client:
 def take_part(client: Client, on_start: Callable[[Host], None]) -> list[str]:
     """Take part in a run until it is over or the host is stopped; return what made it give up.
 
-    A missing broker is tried again and again, with back-off.
+    A missing broker is tried again and again, with back-off. A device that is stopped in the middle
+    of a training, killed even, goes on from its last checkpoint when it is started again; one that
+    had an update to send sends it.
 
     Raises:
-        InputError: If base, data, profile or modules are not usable.
+        InputError: If base, data, profile or modules are not usable, or training diverges.
+        DiskError: If the disk does not take what must be kept; what it holds is whole.
         HubUnavailableError: If base or data are on a hub that does not answer.
     """
     set_threads(client.threads)
     network = MqttNetwork(client.broker)
     identity = identify(client.model)
-    local = _local_client(client, identity)
-    host = Host(network, [local], binding=binding(identity, client.placement))
+    interruption = Interruption()
+    local = _local_client(client, identity, interruption)
+    folder = _folder(client)
+    host = Host(
+        network,
+        [local],
+        binding=binding(identity, client.placement),
+        ledgers={client.client: Ledger(folder)},
+        outboxes={client.client: Outbox(folder)},
+        heartbeat_seconds=client.heartbeat_seconds,
+        isolates=True,
+        interrupt=interruption.stop,
+    )
     on_start(host)
     log.info("%s: waiting for the run '%s' at %s", client.client, client.run, network.address)
     host.run()
     return host.failures
 
 
-def _local_client(client: Client, identity: BaseIdentity) -> LocalClient:
+def _folder(client: Client) -> Path:
+    return client.folder.expanduser() / client.run
+
+
+def _local_client(
+    client: Client, identity: BaseIdentity, interruption: Interruption
+) -> LocalClient:
     method = find_method(client.method)
     profile = find_profile(client.profile)
     if profile.emulation_only:
@@ -189,11 +217,12 @@ def _local_client(client: Client, identity: BaseIdentity) -> LocalClient:
         [dataset.examples[i] for i in part.train],
         [dataset.examples[i] for i in part.held_out],
     )
-    folder = client.folder.expanduser() / client.run
+    folder = _folder(client)
+    progress = Progress(folder, interruption, every_steps=client.checkpoint_steps)
     judging = load_judging(identity, client.trunk_precision, model.base) if own.train else None
     return LocalClient(
         setup,
-        build_works(setup, model, device, data, judging=judging, folder=folder),
+        build_works(setup, model, device, data, judging=judging, folder=folder, progress=progress),
         base=identity,
         device=device,
         profile=profile,

@@ -22,11 +22,13 @@ class GlobalStates:
         shared: The state to start from. Shape (layout size of the stage,).
         reward: The reward models to score by. Shape (layout size of reward learning,).
         reference: The shared part of the stage-1 policy. Shape (layout size of alignment,).
+        taken_back: Rounds of which nothing has come, whether or not the device was told then.
     """
 
     shared: Vector | None = None
     reward: Vector | None = None
     reference: Vector | None = None
+    taken_back: tuple[int, ...] = ()
 
 
 NO_STATES = GlobalStates()

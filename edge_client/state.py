@@ -9,8 +9,6 @@ before it. Once alignment has begun, the policy of stage 1 is there too.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,11 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from device_profiles.errors import InputError
+from edge_client.disk import replace_file
 from messaging.layout import Tensors, Vector
-from messaging.protocol import Outcome, Stage
+from messaging.protocol import Outcome, Stage, Task
 
 _KEPT = 2
 _REFERENCE = "stage-1.safetensors"
+#: Where a round that is being trained stands (``progress``); a state that is saved ends it.
+TRAINING_FILE = "training-under-way"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,18 @@ def settled(state: ClientState, outcome: Outcome) -> ClientState:
         return state
     residual = state.pending if outcome == "aggregated" else state.residual
     return replace(state, residual=residual, pending=None)
+
+
+def outcome_for(state: ClientState, task: Task) -> Outcome | None:
+    """Return what a task says of the update that a state is pending on; none if it says nothing.
+
+    A task without ``outcome_round`` speaks of its own round when it measures, and of the round
+    before when it trains.
+    """
+    told = task.outcome_round
+    if told is None:
+        told = task.round - 1 if task.work == "train" else task.round
+    return task.outcome if told == state.round else None
 
 
 class StateStore:
@@ -145,7 +158,11 @@ class StateStore:
         return vector
 
     def keep_reference(self, vector: Vector) -> None:
-        """Write the stage-1 policy, atomically: alignment is held to it until the run is over."""
+        """Write the stage-1 policy, atomically: alignment is held to it until the run is over.
+
+        Raises:
+            DiskError: If the disk does not take it.
+        """
         self._write(self.folder / _REFERENCE, {"values": vector}, {})
 
     def save(self, state: ClientState) -> None:
@@ -153,6 +170,9 @@ class StateStore:
 
         A state of a later round is of a course that is being done again from here; so is a policy
         of stage 1 that was kept before another stage ended.
+
+        Raises:
+            DiskError: If the disk does not take it; the states before are as they were.
         """
         arrays = {f"personal/{n}": t for n, t in state.personal.items()}
         arrays |= {f"m/{n}": t for n, t in state.first_moments.items()}
@@ -173,19 +193,18 @@ class StateStore:
         kept = [r for r in self.rounds() if r <= state.round][-_KEPT:]
         for other in set(self.rounds()) - set(kept):
             self._path(other).unlink()
+        (self.folder / TRAINING_FILE).unlink(missing_ok=True)
         if state.stage != "alignment":
             (self.folder / _REFERENCE).unlink(missing_ok=True)
 
+    def take_back(self, round_: int) -> None:
+        """Go back to the state before a round of which nothing came, if the newest is of it.
+
+        What goes away is the newest state: done twice, it changes nothing more.
+        """
+        if self.rounds()[-1:] == [round_]:
+            self._path(round_).unlink()
+
     def _write(self, path: Path, arrays: Tensors, meta: dict[str, str]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".state.", dir=self.folder)
-        os.close(handle)
-        new = Path(name)
-        try:
-            save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, new, metadata=meta)
-            with new.open("rb") as file:
-                os.fsync(file.fileno())
-            new.replace(path)
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
+        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        replace_file(path, lambda new: save_file(whole, new, metadata=meta))

@@ -6,10 +6,13 @@ included. Shape letters: P response tokens of a batch, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,14 +21,14 @@ from device_profiles.seeds import stream
 from edge_client.data.batches import make_batch, training_order
 from edge_client.data.packing import micro_batches, pack
 from edge_client.data.prompts import Encoded
+from edge_client.descent import Descent, Moments
 from edge_client.peft.flat_state import joined, named
 from edge_client.peft.packed_model import PackedModel
 from edge_client.peft.tuned_model import TunedModel
+from edge_client.progress import Interruption, Progress, Standing
 from edge_client.state import ClientState
 from messaging.layout import Tensors, Vector
 
-_BETAS = (0.9, 0.999)
-_EPSILON = 1e-8
 _CLIP_NORM = 1.0
 _EVALUATION_BATCH = 16
 _DIVERGED = 1e6  # nats; the protocol carries no more, and none that is not finite
@@ -75,6 +78,7 @@ def train(
     words: tuple[str | int, ...],
     accumulate: int | None = None,
     checkpoint: bool = False,
+    progress: Progress | None = None,
 ) -> Training:
     """Take ``steps`` of AdamW from what is on the model, with the moments of ``state``.
 
@@ -92,27 +96,44 @@ def train(
         accumulate: Go through a batch in parts of at most so many tokens (an example that is
             longer goes alone), with the gradients of the whole; none for all at once.
         checkpoint: Keep less of the forward pass and compute it twice, with the same gradients.
+        progress: Where it is written down how far the training is; what was begun there from the
+            same start, settings and examples goes on, to the same bits.
 
     Raises:
         InputError: If training diverges.
+        StoppedError: If the device is to leave; ``progress`` has where the training stands.
+        DiskError: If the disk does not take that.
     """
     passes = _passes(model, accumulate, checkpoint)
     values = passes.values
-    optimiser = torch.optim.AdamW(
-        [values], lr=learning_rate, betas=_BETAS, eps=_EPSILON, weight_decay=0.0, fused=True
-    )
     names = model.trainable()
-    if state.first_moments:
-        optimiser.state[values] = {
-            "step": torch.tensor(float(state.steps), device=values.device),
-            "exp_avg": torch.from_numpy(joined(state.first_moments, names)).to(values),
-            "exp_avg_sq": torch.from_numpy(joined(state.second_moments, names)).to(values),
-        }
+    moments = Moments(
+        first=state.first_moments,
+        second=state.second_moments,
+        steps=state.steps if state.first_moments else 0,
+    )
+    losses: list[float] = []
+    rows, tokens, fingerprint = 0, 0, ""
+    if progress is not None:
+        settings = (steps, batch_size, learning_rate, seed, words, accumulate, checkpoint)
+        fingerprint = _fingerprint(repr((settings, state.steps)), model.take(), moments, examples)
+        begun = progress.begun(fingerprint)
+        if begun is not None:
+            losses, rows, tokens = list(begun.losses), begun.rows, begun.tokens
+            moments = _stand(values, begun, names, moments.steps + len(losses))
+    descent = Descent(
+        [values], names, learning_rate=learning_rate, clip_norm=_CLIP_NORM, moments=moments
+    )
+
+    def standing() -> Standing:
+        now = descent.moments()
+        parts = [_array(values.detach()), joined(now.first, names), joined(now.second, names)]
+        return Standing(losses=losses, rows=rows, tokens=tokens, values=np.stack(parts))
+
     order = training_order(
         len(examples), steps, min(batch_size, len(examples)), stream(seed, "batches", *words)
     )
-    losses, rows, tokens = [], 0, 0
-    for indices in order:
+    for indices in islice(order, len(losses), None):
         batch = [examples[i] for i in indices]
         losses.append(passes.loss_gradient(batch))
         if not losses[-1] < _DIVERGED:
@@ -121,16 +142,17 @@ def train(
                 f"{len(losses)}; choose a lower one"
             )
         if values.numel():
-            torch.nn.utils.clip_grad_norm_([values], _CLIP_NORM)
-            optimiser.step()
+            descent.step()
         rows += len(batch)
         tokens += sum(len(example.tokens) for example in batch)
+        if progress is not None and len(losses) < steps:
+            progress.stepped(fingerprint, len(losses), standing)
     passes.finish()
-    moments = optimiser.state[values]
+    moments = descent.moments()
     return Training(
         tensors=model.take(),
-        first_moments=named(_array(moments["exp_avg"]), names) if moments else {},
-        second_moments=named(_array(moments["exp_avg_sq"]), names) if moments else {},
+        first_moments=moments.first,
+        second_moments=moments.second,
         steps=state.steps + len(losses),
         loss=sum(losses) / len(losses),
         rows=rows,
@@ -138,15 +160,46 @@ def train(
     )
 
 
-def evaluate(model: PackedModel | TunedModel, examples: Sequence[Encoded]) -> Evaluation:
+def _fingerprint(
+    settings: str, tensors: Tensors, moments: Moments, examples: Sequence[Encoded]
+) -> str:
+    """Return a hash of all that a training's outcome depends on, the base left out."""
+    seen = hashlib.sha256(settings.encode())
+    for group in (tensors, moments.first, moments.second):
+        for name, tensor in group.items():
+            seen.update(name.encode() + repr(tensor.shape).encode())
+            seen.update(np.ascontiguousarray(tensor).data)
+    for example in examples:
+        seen.update(np.asarray([example.response_start, *example.tokens], np.int64).data)
+    return seen.hexdigest()
+
+
+def _stand(
+    values: nn.Parameter, begun: Standing, names: Mapping[str, torch.Tensor], steps: int
+) -> Moments:
+    """Put a training's values where they were; return its moments."""
+    now, first, second = begun.values
+    with torch.no_grad():
+        values.copy_(torch.from_numpy(now))
+    return Moments(first=named(first, names), second=named(second, names), steps=steps)
+
+
+def evaluate(
+    model: PackedModel | TunedModel,
+    examples: Sequence[Encoded],
+    interruption: Interruption | None = None,
+) -> Evaluation:
     """Return loss and accuracy on the responses of at least 1 example (teacher forcing).
 
     Raises:
         InputError: If training has diverged.
+        StoppedError: If the device is to leave in the middle of it.
     """
     by_length = sorted(examples, key=lambda e: len(e.tokens))
     loss, right, count = 0.0, 0, 0
     for start in range(0, len(by_length), _EVALUATION_BATCH):
+        if interruption is not None:
+            interruption.check()
         batch = by_length[start : start + _EVALUATION_BATCH]
         nats, hits = _score(model, batch)
         loss += nats

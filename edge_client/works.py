@@ -11,6 +11,7 @@ from edge_client.instruction_work import InstructionWork
 from edge_client.local_client import Setup
 from edge_client.peft.packed_model import PackedModel
 from edge_client.policy import Policy
+from edge_client.progress import Progress
 from edge_client.reward.judging import Judging
 from edge_client.reward.work import RewardWork
 from edge_client.stage_work import StageWork
@@ -40,6 +41,7 @@ def build_works(
     *,
     judging: Judging | None,
     folder: Path,
+    progress: Progress | None = None,
 ) -> dict[Stage, StageWork]:
     """Return what a client does in each stage of a run.
 
@@ -50,6 +52,7 @@ def build_works(
         data: What it holds.
         judging: Where the run has reward models.
         folder: Where its state is kept.
+        progress: Where it is written down how far a training is; none begins it anew.
     """
     stages = list(setup.layouts)
     policy_layout = setup.layouts["instruction" if "instruction" in stages else stages[-1]]
@@ -60,6 +63,7 @@ def build_works(
         held_out=data.held_out,
         lora_rank=setup.lora_rank,
         adapter_size=setup.adapter_size,
+        progress=progress,
     )
     works: dict[Stage, StageWork] = {}
     objectives = find_method(setup.method).objectives
@@ -89,5 +93,6 @@ def build_works(
                     pairs=data.pairs,
                 ),
                 store=StateStore(folder),
+                interruption=None if progress is None else progress.interruption,
             )
     return works

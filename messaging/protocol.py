@@ -3,7 +3,7 @@
 A message is one JSON object of at most 64 KiB with a ``schema`` version and a ``kind``. Chunks of
 tensors travel apart from it as binary DATA (see ``chunks``). Units: bytes, seconds, joules.
 
-Up, from a device:    HELLO, OFFER, WANT, REPORT
+Up, from a device:    HELLO, ALIVE, OFFER, WANT, REPORT
 Down, to a device:    TASK, GRANT, HAVE, DONE, REJECT
 To everybody:         MANIFEST (retained)
 """
@@ -36,6 +36,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Round = Annotated[int, Field(ge=0, le=1_000_000)]
 Bitmap = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$", max_length=MAX_CHUNKS // 4)]
 Category = Annotated[str, Field(max_length=200)]
+Url = Annotated[str, Field(max_length=2000, pattern=r"^(file|s3|https?)://[^\s]+$")]
 Score = Annotated[float, Field(ge=-1e6, le=1e6)]
 Stage = Literal["instruction", "reward", "alignment"]
 Objective = Literal["helpfulness", "harmlessness"]
@@ -219,17 +220,30 @@ class _FromDevice(_Message):
 
 
 class Hello(_FromDevice):
-    """Retained on the device's ``state`` topic; the broker publishes ``online=False`` for it."""
+    """Retained on the device's ``state`` topic; the broker publishes ``online=False`` for it.
+
+    ``epoch`` counts the device's starts, on its own disk: a session of a lower one is over.
+    """
 
     kind: Literal["HELLO"] = "HELLO"
+    epoch: Count = 0
     online: bool
     binding: Sha256
     layout: Sha256
     device: DeviceRecord | None = None
 
 
+class Alive(_FromDevice):
+    """Says from time to time that the device is there, in training too."""
+
+    kind: Literal["ALIVE"] = "ALIVE"
+
+
 class Offer(_FromDevice):
-    """An update is ready. Sent again with the same blob, it resumes."""
+    """An update is ready. Sent again with the same blob, it resumes.
+
+    With ``url``, the blob lies there to be fetched, and no chunk travels over the broker.
+    """
 
     kind: Literal["OFFER"] = "OFFER"
     round: Round
@@ -241,6 +255,7 @@ class Offer(_FromDevice):
     layout: Sha256
     codec: Codec
     costs: Costs
+    url: Url | None = None
 
 
 class Want(_FromDevice):
@@ -268,17 +283,23 @@ class Report(_FromDevice):
     eval_accuracy: Share | None = None
     pairs: dict[Objective, PairFigures] = {}
     responses: ResponseFigures | None = None
+    others_loss: Loss | None = None
+    others_accuracy: Share | None = None
     costs: Costs
 
 
 class StateRef(Record):
-    """A global state by content: enough to ask for it and to check it."""
+    """A global state by content: enough to ask for it and to check it.
+
+    With ``url``, it lies there to be fetched, and no chunk travels over the broker.
+    """
 
     round: Round
     blob: Sha256
     bytes: Annotated[int, Field(ge=1, le=2**33)]
     chunk_bytes: Annotated[int, Field(ge=1024, le=268_435_455)]
     chunks: Annotated[int, Field(ge=1, le=MAX_CHUNKS)]
+    url: Url | None = None
 
     @model_validator(mode="after")
     def _chunks_follow_from_bytes(self) -> StateRef:
@@ -297,9 +318,10 @@ class Task(_Message):
     To ``restore`` is to take ``state`` and the device's own part as it was before ``round`` for
     what comes of that round, and to evaluate it. In alignment, ``reward`` names the reward models
     to score by, and ``reference`` the shared part of the stage-1 policy.
-    ``outcome`` says what became of the device's last update: of ``round`` when it evaluates, of the
-    round before when it trains. ``upload_within_seconds`` of the round's beginning: above 0, the
-    device may wait so long for a good channel.
+    ``outcome`` says what became of the device's last update: of ``outcome_round``, or without one
+    of ``round`` when it evaluates and of the round before when it trains. ``upload_within_seconds``
+    of the round's beginning: above 0, the device may wait so long for a good channel. ``private``
+    asks for no loss, count or figure of the device's data: client-level privacy is on.
     """
 
     kind: Literal["TASK"] = "TASK"
@@ -311,6 +333,7 @@ class Task(_Message):
     reward: StateRef | None = None
     reference: StateRef | None = None
     outcome: Outcome = "none"
+    outcome_round: Round | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     local_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 1
@@ -320,6 +343,11 @@ class Task(_Message):
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 512
     margin: Annotated[float, Field(ge=0, le=100)] = 0.0
     alignment: AlignmentSettings | None = None
+    proximal: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+    stopping_patience: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    private: bool = False
     reason: Annotated[str, Field(max_length=400)] = ""
 
 
@@ -365,7 +393,9 @@ class Reject(_Message):
 class Manifest(_Message):
     """Retained: the newest global state, and what a device must be built on to use it.
 
-    A ``session`` that a device has not seen is an aggregator that has not seen the device.
+    A ``session`` that a device has not seen is an aggregator that has not seen the device;
+    ``epoch`` counts the aggregator's starts. ``reconnect_seconds`` is the window over which devices
+    spread their return after a break. ``taken_back`` are rounds of which nothing has come.
     """
 
     kind: Literal["MANIFEST"] = "MANIFEST"
@@ -376,9 +406,12 @@ class Manifest(_Message):
     binding: Sha256
     layout: Sha256
     finished: bool = False
+    epoch: Count = 0
+    reconnect_seconds: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+    taken_back: Annotated[tuple[Round, ...], Field(max_length=1000)] = ()
 
 
-Message = Hello | Offer | Want | Report | Task | Grant | Have | Done | Reject | Manifest
+Message = Hello | Alive | Offer | Want | Report | Task | Grant | Have | Done | Reject | Manifest
 _MESSAGES: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,8 @@ from messaging.errors import ProtocolError
 from messaging.protocol import Done, Grant, Have, Message, Offer, Reject, StateRef
 
 SILENCE_SECONDS = 5.0  # after this long without an answer a device asks again
+HAVE_SECONDS = 1.0  # an upload that moves is told so at least this often
+ATTEMPTS = 3  # how often pieces that make another blob are forgotten and asked for anew
 
 
 def _piece_bytes(whole: Offer | StateRef, index: int) -> tuple[int, int]:
@@ -141,23 +143,67 @@ class PartialBlob(Protocol):
         """Forget the pieces; after ``finish``, the blob, because it was refused."""
 
 
+class LimitsError(ValueError):
+    """Limits of uploads that a person must correct."""
+
+    exit_code = 2
+
+
 @dataclass
 class _Incoming:
     offer: Offer
     missing: Missing
     partial: PartialBlob | None = None
     granted: bool = False
-    heard: float = 0.0
-    since_have: int = 0
+    heard: float = 0.0  # when its last chunk came
+    have_at: float = 0.0  # when it was last told what is missing
+    since_have: int = 0  # chunks since then
+    period_began: float = 0.0  # when its progress was last measured
+    period_chunks: int = 0  # chunks since then
+    attempts: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class UploadLimits:
-    """How much may be in flight: ``grants * window`` stays below a broker's queue."""
+    """How much may be in flight: ``grants * window`` stays below a broker's queue.
+
+    Attributes:
+        grants: Uploads at once.
+        window: Chunks of one upload that are under way at once.
+        expiry_seconds: An upload that is silent for so long loses its grant, and one that brings
+            less than a window of new chunks in it does where another waits.
+    """
 
     grants: int = 16
     window: int = 8
     expiry_seconds: float = 30.0
+
+
+def check_limits(grants: int, window: int, queue: int) -> None:
+    """Refuse limits under which a broker would have to throw chunks away.
+
+    Args:
+        grants: Uploads at once, >= 1.
+        window: Chunks of one upload under way at once, >= 1.
+        queue: Messages that the broker keeps for one receiver (``max_queued_messages`` of
+            mosquitto, 1000 by default), >= 1.
+
+    Raises:
+        LimitsError: If one is below 1, or the chunks in flight would not stay below the queue.
+    """
+    for name, value in (("grants", grants), ("window", window), ("queue", queue)):
+        if value < 1:
+            raise LimitsError(f"{name} = {value}; give at least 1")
+    if grants * window >= queue:
+        raise LimitsError(
+            f"grants = {grants} uploads of window = {window} chunks may put {grants * window} "
+            f"chunks in flight, and the broker queues {queue} messages; lower grants or window "
+            f"until their product is below {queue}, or raise the broker's max_queued_messages"
+        )
+
+
+def _nothing_held(_offer: Offer) -> Iterable[int]:
+    return ()
 
 
 def _pieces(offer: Offer) -> tuple[int, int]:
@@ -173,6 +219,11 @@ class UploadDesk:
         open_partial: Makes the place where an offer's pieces are put, once the first is here.
         send: Sends a message to a client.
         complete: Called with an offer and its whole, hash-verified blob. Returns the answer.
+        held: Returns the pieces of an offer that an earlier process left in that place.
+
+    Attributes:
+        duplicate_bytes: Bytes of chunks that came more than once.
+        damaged: How often the pieces of an upload made another blob than the one offered.
     """
 
     def __init__(
@@ -183,14 +234,22 @@ class UploadDesk:
         open_partial: Callable[[Offer], PartialBlob],
         send: Callable[[str, Message], None],
         complete: Callable[[Offer, bytes], Done | Reject],
+        held: Callable[[Offer], Iterable[int]] = _nothing_held,
     ) -> None:
         self._run = run
         self._limits = limits
         self._open_partial = open_partial
         self._send = send
         self._complete = complete
+        self._held = held
         self._incoming: OrderedDict[tuple[str, str], _Incoming] = OrderedDict()
         self.duplicate_bytes = 0
+        self.damaged = 0
+
+    @property
+    def holders(self) -> list[str]:
+        """Clients whose chunks are taken now, in client order."""
+        return sorted(client for (client, _), i in self._incoming.items() if i.granted)
 
     def offered(self, offer: Offer, now: float) -> None:
         """Take an offer that the caller has already found acceptable; grant it when there is room.
@@ -207,9 +266,13 @@ class UploadDesk:
         incoming = self._incoming.get(key)
         if incoming is None or _pieces(incoming.offer) != _pieces(offer):
             self.forget(offer.client)
-            incoming = _Incoming(offer, Missing(offer.chunks))
+            missing = Missing(offer.chunks, set(range(offer.chunks)) - set(self._held(offer)))
+            incoming = _Incoming(offer, missing)
             self._incoming[key] = incoming
         incoming.offer = offer
+        if not incoming.missing:  # an earlier process had all of it, and did not come to verify it
+            self._whole(incoming, self._open_partial(offer), now)
+            return
         if incoming.granted:
             self._grant(incoming, now)
         self._hand_out(now)
@@ -220,8 +283,11 @@ class UploadDesk:
             self._grant(incoming, now)
 
     def _grant(self, incoming: _Incoming, now: float) -> None:
-        incoming.granted = True
-        incoming.heard = now
+        if not incoming.granted:
+            incoming.granted = True
+            incoming.period_began = now
+            incoming.period_chunks = 0
+        incoming.heard = incoming.have_at = now
         incoming.since_have = 0
         offer = incoming.offer
         self._send(
@@ -258,40 +324,87 @@ class UploadDesk:
         incoming.partial.write(start, chunk.payload)
         incoming.missing.arrived(chunk.index)  # only once it is written
         incoming.since_have += 1
+        incoming.period_chunks += 1
         if not incoming.missing:
             self._whole(incoming, incoming.partial, now)
         elif incoming.since_have >= max(1, self._limits.window // 2):
-            incoming.since_have = 0
-            missing = incoming.missing.bitmap()
-            have = Have(run=self._run, client=client, blob=offer.blob, missing=missing)
-            self._send(client, have)
+            self._say_have(incoming, now)
+        else:
+            self._say_have_in_time(incoming, now)
+
+    def _say_have_in_time(self, incoming: _Incoming, now: float) -> None:
+        if incoming.since_have and now - incoming.have_at >= HAVE_SECONDS:
+            self._say_have(incoming, now)
+
+    def _say_have(self, incoming: _Incoming, now: float) -> None:
+        incoming.since_have = 0
+        incoming.have_at = now
+        offer, missing = incoming.offer, incoming.missing.bitmap()
+        have = Have(run=self._run, client=offer.client, blob=offer.blob, missing=missing)
+        self._send(offer.client, have)
 
     def _whole(self, incoming: _Incoming, partial: PartialBlob, now: float) -> None:
         offer = incoming.offer
-        del self._incoming[offer.client, offer.blob]
         blob = partial.finish()
         if len(blob) != offer.bytes or hashlib.sha256(blob).hexdigest() != offer.blob:
+            self.damaged += 1
+            if incoming.attempts < ATTEMPTS:
+                self._begin_anew(incoming, partial, now)
+                return
             answer: Done | Reject = Reject(
                 run=self._run,
                 client=offer.client,
                 blob=offer.blob,
                 code="hash",
-                reason="the pieces do not make the blob that was offered",
+                reason=f"{ATTEMPTS} times the pieces did not make the blob that was offered",
             )
+            del self._incoming[offer.client, offer.blob]
         else:
+            del self._incoming[offer.client, offer.blob]
             answer = self._complete(offer, blob)
         if isinstance(answer, Reject):
             partial.discard()
         self._send(offer.client, answer)
         self._hand_out(now)
 
+    def _begin_anew(self, incoming: _Incoming, partial: PartialBlob, now: float) -> None:
+        """Forget the pieces of an upload: one of them may have been forged by somebody else."""
+        partial.discard()
+        incoming.partial = None
+        incoming.attempts += 1
+        incoming.missing = Missing(incoming.offer.chunks)
+        if incoming.granted:
+            self._grant(incoming, now)
+        self._hand_out(now)
+
     def expire(self, now: float) -> None:
-        """Take grants back from uploads that fell silent, and hand them on."""
+        """Take grants back from uploads that are silent or too slow, and hand them on."""
+        waiting = any(not incoming.granted for incoming in self._incoming.values())
         for key, incoming in list(self._incoming.items()):
-            if incoming.granted and now - incoming.heard >= self._limits.expiry_seconds:
+            if not incoming.granted:
+                continue
+            if self._is_silent(incoming, now) or (self._is_slow(incoming, now) and waiting):
                 incoming.granted = False
                 self._incoming.move_to_end(key)
+            else:
+                self._say_have_in_time(incoming, now)
         self._hand_out(now)
+
+    def _is_silent(self, incoming: _Incoming, now: float) -> bool:
+        return now - incoming.heard >= self._limits.expiry_seconds
+
+    def _is_slow(self, incoming: _Incoming, now: float) -> bool:
+        """Return whether the period that ends now brought less than a window; begin another."""
+        if now - incoming.period_began < self._limits.expiry_seconds:
+            return False
+        slow = incoming.period_chunks < self._limits.window
+        incoming.period_began = now
+        incoming.period_chunks = 0
+        return slow
+
+    def suspend(self) -> None:
+        """Let go of everything under way without a word; the pieces stay where they are."""
+        self._incoming.clear()
 
     def forget(self, client: str) -> None:
         """Drop whatever ``client`` had under way (it left, or its round is over).

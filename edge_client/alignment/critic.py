@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from edge_client.alignment.advantages import Stream
-from edge_client.alignment.descent import Descent, Moments
+from edge_client.alignment.descent import EPSILON
 from edge_client.alignment.losses import clipped_value
+from edge_client.descent import Descent, Moments
 from messaging.layout import Tensors
 
 
@@ -70,6 +71,7 @@ class Critic:
             list(self._parameters.values()),
             self._parameters,
             learning_rate=learning_rate,
+            epsilon=EPSILON,
             clip_norm=clip_norm,
             moments=moments,
         )

@@ -20,13 +20,13 @@ from torch import Tensor
 from device_profiles.errors import InputError
 from device_profiles.seeds import stream
 from edge_client.alignment.advantages import check_weights
-from edge_client.alignment.descent import Descent
 from edge_client.alignment.losses import preference
 from edge_client.alignment.policy import all_log_probabilities, sequence_gradient, values_of
 from edge_client.alignment.settings import DpoSettings
 from edge_client.data.batches import training_order
 from edge_client.data.packing import pack
 from edge_client.data.prompts import Encoded
+from edge_client.descent import Descent
 from edge_client.peft.packed_model import PackedModel
 from messaging.layout import Vector
 

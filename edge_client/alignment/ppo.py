@@ -17,11 +17,11 @@ from torch import Tensor
 
 from edge_client.alignment.advantages import Stream, check_weights, combine, gae, on_last
 from edge_client.alignment.critic import Critic
-from edge_client.alignment.descent import Descent
 from edge_client.alignment.figures import StepFigures, measure, step_figures
 from edge_client.alignment.rollouts import Rollout, paid
 from edge_client.alignment.settings import PpoSettings
 from edge_client.alignment.update import improve
+from edge_client.descent import Descent
 from edge_client.peft.packed_model import PackedModel
 from messaging.layout import Vector
 

@@ -15,12 +15,12 @@ import numpy as np
 
 from device_profiles.errors import InputError
 from edge_client.alignment.advantages import check_weights, combine, leave_one_out
-from edge_client.alignment.descent import Descent
 from edge_client.alignment.figures import StepFigures, measure, step_figures
 from edge_client.alignment.kl import summed
 from edge_client.alignment.rollouts import Rollout, paid
 from edge_client.alignment.settings import RlooSettings
 from edge_client.alignment.update import improve
+from edge_client.descent import Descent
 from edge_client.peft.packed_model import PackedModel
 from messaging.layout import Vector
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from device_profiles.errors import InputError
 from device_profiles.seeds import stream
 from edge_client.alignment.advantages import Stream
-from edge_client.alignment.descent import Descent
 from edge_client.alignment.kl import approximate
 from edge_client.alignment.losses import clipped_policy
 from edge_client.alignment.policy import policy_gradient
 from edge_client.alignment.settings import PpoSettings, RlooSettings
 from edge_client.data.packing import micro_batches, pack
 from edge_client.data.prompts import Encoded
+from edge_client.descent import Descent
 from edge_client.peft.packed_model import PackedModel
 
 

@@ -18,7 +18,7 @@ from device_profiles.errors import InputError
 from device_profiles.methods import Objective
 from device_profiles.seeds import stream
 from edge_client.alignment.critic import Critic
-from edge_client.alignment.descent import Moments, policy_descent
+from edge_client.alignment.descent import policy_descent
 from edge_client.alignment.dpo import Compared, dpo_steps
 from edge_client.alignment.figures import StepFigures, measure
 from edge_client.alignment.kl import summed
@@ -30,9 +30,11 @@ from edge_client.data.instructions import Example
 from edge_client.data.preferences import Pair
 from edge_client.data.prompt_files import Prompt
 from edge_client.data.prompts import Encoded, encode_example, prompt
+from edge_client.descent import Moments
 from edge_client.inference.batched import Response, generate
 from edge_client.instruction_work import InstructionWork
 from edge_client.policy import Policy
+from edge_client.progress import Interruption
 from edge_client.reward.judging import Judging
 from edge_client.stage_work import GlobalStates, Measured, Trained
 from edge_client.state import ClientState, StateStore
@@ -65,6 +67,8 @@ class AlignmentWork:
         preference: The user's own.
         data: What it answers.
         store: Where the stage-1 policy is kept.
+        interruption: Looked at before every step: a round that is broken off is trained again, to
+            the same bits.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class AlignmentWork:
         preference: Preference,
         data: AlignmentData,
         store: StateStore,
+        interruption: Interruption | None = None,
     ) -> None:
         self._policy = policy
         self._instructions = instructions
@@ -85,6 +90,7 @@ class AlignmentWork:
         self._weights = _weights(objectives, preference)
         self._data = data
         self._store = store
+        self._interruption = interruption or Interruption()
 
     def begin(self, seed: int) -> ClientState:
         """Return the state of a client that has not trained yet."""
@@ -165,6 +171,7 @@ class AlignmentWork:
         drawn: list[Rollout] = []
         minibatches = 1
         for number in range(task.local_steps):
+            self._interruption.check()
             words = (self._policy.device.id, task.round, number)
             rollouts = self._draw(task, states, words)
             arguments: dict[str, Any] = {

@@ -6,34 +6,22 @@ Shape letters: N pairs, F features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from device_profiles.errors import InputError
 from device_profiles.seeds import stream
 from edge_client.data.batches import training_order
+from edge_client.descent import Descent, Moments
 from edge_client.reward.head import Head
 from messaging.layout import Tensors
 
 LEARNING_RATE = 3e-4
 WEIGHT_DECAY = 10.0
-_BETAS = (0.9, 0.999)
-_EPSILON = 1e-8
 _DIVERGED = 1e6  # nats, as of instruction tuning
 _UNSEEN = ".outer.bias"  # it cancels in a difference, so it gets no gradient and stays
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moments:
-    """Adam's state of a head: first and second moments by tensor name, and steps taken so far."""
-
-    first: Tensors = field(default_factory=dict)
-    second: Tensors = field(default_factory=dict)
-    steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +96,6 @@ def train_head(
         margin=margin,
     )
     head.to(chosen.device)
-    moments = moments or Moments()
     trained = {
         name: parameter
         for name, parameter in zip(tensors, head.parameters(), strict=True)
@@ -116,57 +103,34 @@ def train_head(
     }
     for parameter in trained.values():
         parameter.requires_grad_(True)
-    optimiser = torch.optim.AdamW(
+    descent = Descent(
         list(trained.values()),
-        lr=learning_rate,
-        betas=_BETAS,
-        eps=_EPSILON,
+        trained,
+        learning_rate=learning_rate,
         weight_decay=weight_decay,
-        fused=True,
+        moments=moments,
     )
-    if moments.steps:
-        _resume(optimiser, trained, moments)
     size = min(batch_size, len(chosen))
     losses = []
     for batch in training_order(len(chosen), steps, size, stream(seed, "pairs", *words)):
         both = head(torch.cat([chosen[batch], rejected[batch]]))  # (2 * size,)
         loss = bradley_terry(both[:size], both[size:], margin)
-        optimiser.zero_grad()
+        for parameter in trained.values():
+            parameter.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
+        descent.step()
         losses.append(loss.item())
         if not losses[-1] < _DIVERGED:
             raise InputError(
                 f"learning_rate = {learning_rate:g}: the reward head's loss is {losses[-1]:g} at "
                 f"step {len(losses)}; choose a lower one"
             )
-    states = {name: optimiser.state[parameter] for name, parameter in trained.items()}
     return HeadTraining(
         tensors=head.take(),
-        moments=Moments(
-            first={name: _array(state["exp_avg"]) for name, state in states.items()},
-            second={name: _array(state["exp_avg_sq"]) for name, state in states.items()},
-            steps=moments.steps + len(losses),
-        ),
+        moments=descent.moments(),
         loss=sum(losses) / len(losses),
         pairs=size * len(losses),
     )
-
-
-def _resume(
-    optimiser: torch.optim.AdamW, trained: dict[str, torch.nn.Parameter], moments: Moments
-) -> None:
-    for name, parameter in trained.items():
-        optimiser.state[parameter] = {
-            "step": torch.tensor(float(moments.steps), device=parameter.device),
-            "exp_avg": torch.from_numpy(moments.first[name].copy()).to(parameter),
-            "exp_avg_sq": torch.from_numpy(moments.second[name].copy()).to(parameter),
-        }
-
-
-def _array(values: Tensor) -> npt.NDArray[np.float32]:
-    array: npt.NDArray[np.float32] = values.detach().to("cpu", torch.float32, copy=True).numpy()
-    return array
 
 
 def _check(head: Head, chosen: Tensor, rejected: Tensor) -> None:

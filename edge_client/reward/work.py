@@ -15,10 +15,11 @@ from device_profiles.methods import Objective
 from edge_client.data.instructions import Example
 from edge_client.data.preferences import Pair
 from edge_client.data.prompts import Encoded, encode_example
+from edge_client.descent import Moments
 from edge_client.reward.evaluation import evaluate_pairs
 from edge_client.reward.head import Head, of_objective, scores
 from edge_client.reward.judging import Judging
-from edge_client.reward.training import HeadTraining, Moments, train_head
+from edge_client.reward.training import HeadTraining, train_head
 from edge_client.stage_work import GlobalStates, Measured, Trained
 from edge_client.state import ClientState
 from messaging.layout import Layout, Tensors, Vector

@@ -194,7 +194,7 @@ def manifest(**changes: Any) -> Manifest:
 
 def test_on_every_connection_a_device_says_what_it_is(device: Device) -> None:
     for _ in range(2):
-        device.agent.connected()
+        device.agent.connected(0.0)
         ((topic, payload, retain),) = device.published
         device.published.clear()
         assert (topic, retain) == ("pwff/v1/trial/c/pi5-01/state", True)
@@ -293,7 +293,7 @@ def test_a_device_with_fewer_lora_modules_offers_its_own_layout_in_the_runs() ->
             device=a_device(CLIENT, lora_count=2),
         )
     )
-    device.agent.connected()
+    device.agent.connected(0.0)
     assert device.says(Hello).layout == with_lora(3).sha256
     blob = a_state(layout=with_lora(3))
     device.hear(a_task(CLIENT, state=ref_to(blob)))
@@ -734,11 +734,11 @@ def test_an_update_that_came_late_is_done_with(
 
 @pytest.mark.parametrize("code", ["base", "layout"])
 def test_a_refusal_that_no_repetition_mends_is_a_failure(device: Device, code: str) -> None:
-    device.agent.connected()
+    device.agent.connected(0.0)
     device.said()
     device.hear(reject(code))
     assert (device.agent.finished, device.agent.failure) == (True, f"because of {code}")
-    device.agent.connected()
+    device.agent.connected(0.0)
     device.hear(a_task(CLIENT))
     device.agent.tick(1000.0)
     assert (device.said(), device.work) == ([], [])
@@ -803,7 +803,7 @@ def test_a_stop_ends_the_devices_part(device: Device) -> None:
     assert (device.agent.finished, device.agent.failure) == (True, None)
     device.finish_work()
     device.agent.tick(1000.0)
-    device.agent.connected()
+    device.agent.connected(0.0)
     assert device.said() == []
 
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from device_profiles.errors import InputError
-from edge_client import state as state_module
+from edge_client import disk
 from edge_client.state import ClientState, StateStore, entering, settled
 from messaging.protocol import Outcome, Stage
 
@@ -179,7 +179,7 @@ def test_a_write_that_is_broken_off_leaves_the_older_state_and_no_remains(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(state_module.os, "fsync", full_disk)
+        patch.setattr(disk.os, "fsync", full_disk)
         with pytest.raises(OSError, match="No space left"):
             store.save(a_state(3, steps=99))
     assert [p.name for p in tmp_path.iterdir()] == ["state-000003.safetensors"]

@@ -31,11 +31,14 @@ from messaging.protocol import (
     encode,
 )
 from messaging.transfer import (
+    ATTEMPTS,
     SILENCE_SECONDS,
     Download,
+    LimitsError,
     Upload,
     UploadDesk,
     UploadLimits,
+    check_limits,
 )
 
 RUN = "night-1"
@@ -206,12 +209,12 @@ def test_no_more_uploads_hold_a_grant_than_the_limit_and_the_next_follows_in_ord
 
 
 def test_the_grant_of_a_silent_upload_goes_to_the_next_and_comes_back() -> None:
-    office = Office(UploadLimits(grants=1, expiry_seconds=30.0))
+    office = Office(UploadLimits(grants=1, window=1, expiry_seconds=30.0))
     a, b = bytes_of(2 * 960, 1), bytes_of(960, 2)
     office.desk.offered(offer_of(a, "a"), 0.0)
     office.desk.offered(offer_of(b, "b"), 0.0)
     office.desk.data("a", piece(a, 1), 10.0)
-    assert office.heard() == [("GRANT", "a")]
+    assert office.heard() == [("GRANT", "a"), ("HAVE", "a")]
     office.desk.expire(39.9)
     assert office.heard() == []
     office.desk.expire(40.0)
@@ -298,20 +301,165 @@ def test_a_client_cannot_send_chunks_of_the_upload_of_another() -> None:
     assert caught.value.code == "grant"
 
 
-def test_pieces_that_do_not_make_the_offered_hash_are_rejected_and_forgotten() -> None:
+def test_pieces_that_do_not_make_the_offered_hash_are_asked_for_anew_and_then_rejected() -> None:
     office = Office()
     blob, name = bytes_of(2 * 960), sha(b"something else")
     office.desk.offered(offer_of(blob).model_copy(update={"blob": name}), 0.0)
-    for index in range(2):
-        office.desk.data("a", piece(blob, index, name=name), 0.0)
+    for _ in range(ATTEMPTS):
+        grant = office.said[-1]
+        assert isinstance(grant, Grant)
+        assert Missing.from_bitmap(grant.missing, 2).indices == {0, 1}
+        for index in range(2):
+            office.desk.data("a", piece(blob, index, name=name), 0.0)
     answer = office.said[-1]
     assert isinstance(answer, Reject)
     assert (answer.code, answer.blob) == ("hash", name)
     assert decode(encode(answer)) == answer
     assert office.stored == []
-    assert office.opened[0].discarded
+    assert office.desk.damaged == ATTEMPTS == 3
+    assert [partial.discarded for partial in office.opened] == [True] * 3
     with pytest.raises(ProtocolError):
         office.desk.data("a", piece(blob, 0, name=name), 0.0)
+
+
+def test_a_forged_piece_costs_a_device_its_pieces_and_not_its_update() -> None:
+    office = Office(UploadLimits(grants=1))
+    blob, other = bytes_of(2 * 960, 1), bytes_of(960, 2)
+    office.desk.offered(offer_of(blob), 0.0)
+    office.desk.offered(offer_of(other, "b"), 0.0)
+    office.desk.data("a", piece(bytes(2 * 960), 0, name=sha(blob)), 0.0)  # by whoever could
+    office.desk.data("a", piece(blob, 0), 0.0)  # the device's own came second
+    office.desk.data("a", piece(blob, 1), 0.0)
+    assert office.heard() == [("GRANT", "a"), ("GRANT", "a")]
+    for index in range(2):
+        office.desk.data("a", piece(blob, index), 1.0)
+    assert office.stored == [blob]
+    assert office.desk.holders == ["b"]
+
+
+def test_a_trickle_does_not_keep_a_grant_that_another_waits_for() -> None:
+    office = Office(UploadLimits(grants=1, window=4, expiry_seconds=30.0))
+    slow, other = bytes_of(40 * 960, 1), bytes_of(960, 2)
+    office.desk.offered(offer_of(slow, "a"), 0.0)
+    office.desk.offered(offer_of(other, "b"), 0.0)
+    for index, time in enumerate((5.0, 15.0, 25.0)):  # never silent, and one short of a window
+        office.desk.data("a", piece(slow, index), time)
+    office.desk.offered(offer_of(slow, "a"), 28.0)  # nor does asking again help it
+    office.desk.expire(29.9)
+    assert office.desk.holders == ["a"]
+    office.desk.expire(30.0)
+    assert office.desk.holders == ["b"]
+    office.desk.data("b", piece(other, 0), 31.0)
+    assert office.desk.holders == ["a"]
+
+
+def test_a_window_of_chunks_in_time_keeps_the_grant() -> None:
+    office = Office(UploadLimits(grants=1, window=4, expiry_seconds=30.0))
+    steady, other = bytes_of(40 * 960, 1), bytes_of(960, 2)
+    office.desk.offered(offer_of(steady, "a"), 0.0)
+    office.desk.offered(offer_of(other, "b"), 0.0)
+    for index, time in enumerate((5.0, 15.0, 25.0, 29.0)):
+        office.desk.data("a", piece(steady, index), time)
+    office.desk.expire(30.0)
+    assert office.desk.holders == ["a"]
+    office.desk.data("a", piece(steady, 4), 59.0)  # one in the thirty seconds that follow
+    office.desk.expire(60.0)
+    assert office.desk.holders == ["b"]
+
+
+def test_a_slow_upload_that_nobody_waits_behind_keeps_its_grant() -> None:
+    office = Office(UploadLimits(grants=1, window=4, expiry_seconds=30.0))
+    slow = bytes_of(40 * 960, 1)
+    office.desk.offered(offer_of(slow, "a"), 0.0)
+    for index, time in enumerate((25.0, 50.0, 75.0)):
+        office.desk.data("a", piece(slow, index), time)
+        office.desk.expire(time + 5)
+    assert [kind for kind, _ in office.heard()].count("GRANT") == 1
+
+
+def test_what_arrived_is_said_each_second_though_half_a_window_is_far() -> None:
+    office = Office(UploadLimits(window=100))
+    blob = bytes_of(50 * 960)
+    office.desk.offered(offer_of(blob), 0.0)
+    office.desk.data("a", piece(blob, 0), 0.5)
+    office.desk.expire(0.9)
+    assert office.heard() == [("GRANT", "a")]
+    office.desk.expire(1.0)
+    assert office.heard() == [("HAVE", "a")]
+    office.desk.expire(2.5)  # nothing came since
+    assert office.heard() == []
+    office.desk.data("a", piece(blob, 1), 2.6)
+    assert office.heard() == [("HAVE", "a")]
+
+
+@pytest.mark.parametrize("queue", [129, 1000])
+def test_chunks_in_flight_below_the_brokers_queue_are_allowed(queue: int) -> None:
+    check_limits(16, 8, queue)  # 128
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ((16, 8, 128), "128 chunks in flight.*queues 128.*below 128"),
+        ((2, 8, 10), "16 chunks in flight.*max_queued_messages"),
+        ((0, 8, 10), "grants = 0"),
+        ((1, -1, 10), "window = -1"),
+        ((1, 1, 0), "queue = 0"),
+    ],
+)
+def test_limits_that_a_broker_would_have_to_drop_chunks_under_are_refused(
+    limits: tuple[int, int, int], words: str
+) -> None:
+    with pytest.raises(LimitsError, match=words):
+        check_limits(*limits)
+
+
+def test_an_upload_goes_on_with_the_pieces_that_an_earlier_process_left() -> None:
+    blob = bytes_of(3 * 960)
+    partial = Piecewise(len(blob))
+    partial.write(960, blob[960:1920])
+    said: list[Message] = []
+    stored: list[bytes] = []
+
+    def stores(offer: Offer, whole: bytes) -> Done:
+        stored.append(whole)
+        return Done(run=RUN, client=offer.client, blob=offer.blob, status="stored")
+
+    def desk(held: set[int]) -> UploadDesk:
+        return UploadDesk(
+            run=RUN, limits=UploadLimits(), open_partial=lambda _offer: partial,
+            send=lambda _client, message: said.append(message), complete=stores,
+            held=lambda _offer: held,
+        )  # fmt: skip
+
+    first = desk({1})
+    first.offered(offer_of(blob), 0.0)
+    grant = said[-1]
+    assert isinstance(grant, Grant)
+    assert Missing.from_bitmap(grant.missing, 3).indices == {0, 2}
+    for index in (0, 2):
+        first.data("a", piece(blob, index), 0.0)
+    assert stored == [blob]
+    # All of it was there, and the process ended before it looked.
+    desk({0, 1, 2}).offered(offer_of(blob), 0.0)
+    assert stored == [blob, blob]
+    # What is there is of no use: all of it is asked for.
+    partial.buffer = bytearray(len(blob))
+    desk({0, 1, 2}).offered(offer_of(blob), 0.0)
+    grant = said[-1]
+    assert isinstance(grant, Grant)
+    assert Missing.from_bitmap(grant.missing, 3).indices == {0, 1, 2}
+
+
+def test_what_is_suspended_is_not_discarded_and_holds_no_grant() -> None:
+    office = Office()
+    blob = bytes_of(2 * 960)
+    office.desk.offered(offer_of(blob), 0.0)
+    office.desk.data("a", piece(blob, 0), 0.0)
+    office.desk.suspend()
+    assert not office.opened[0].discarded
+    with pytest.raises(ProtocolError, match="no grant"):
+        office.desk.data("a", piece(blob, 1), 0.0)
 
 
 def test_the_pieces_of_an_update_that_was_refused_are_forgotten() -> None:
@@ -538,7 +686,6 @@ class World:
 
     def restarts(self) -> None:
         """Forget everything but what is stored."""
-        self.holders: dict[str, float] = {}
         self.desk = UploadDesk(
             run=RUN,
             limits=self.limits,
@@ -553,13 +700,11 @@ class World:
 
     def _says(self, client: str, message: Message) -> None:
         if isinstance(message, Grant):
-            self.holders[client] = self.network.now
-            young = self.network.now - self.limits.expiry_seconds
-            assert sum(heard > young for heard in self.holders.values()) <= self.limits.grants
+            assert client in self.desk.holders
+            assert len(self.desk.holders) <= self.limits.grants
         self.network.carry(lambda: self.devices[client].hears(message))
 
     def _stores(self, offer: Offer, blob: bytes) -> Done:
-        del self.holders[offer.client]
         self.completed.append(offer.client)
         self.spool[offer.blob] = blob
         return Done(run=RUN, client=offer.client, blob=offer.blob, status="stored")
@@ -576,15 +721,16 @@ class World:
     def hears_data(self, client: str, packet: bytes) -> None:
         """Take a chunk; one without a grant is a late one."""
         chunk = parse_chunk(RUN, packet)
+        holds = client in self.desk.holders
         try:
             self.desk.data(client, chunk, self.network.now)
         except ProtocolError as err:
             if err.code != "grant":
                 raise
+            assert not holds
         else:
+            assert holds
             self.accepted_bytes += len(chunk.payload)
-            if client in self.holders:
-                self.holders[client] = self.network.now
 
 
 CHANCE = st.floats(0, 0.4)

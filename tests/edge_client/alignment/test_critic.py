@@ -9,7 +9,7 @@ from torch import nn
 
 from device_profiles.errors import InputError
 from edge_client.alignment.critic import Critic
-from edge_client.alignment.descent import Descent, Moments
+from edge_client.descent import Descent, Moments
 from messaging.layout import Tensors
 from tests.edge_client.alignment.conftest import LinearHead
 

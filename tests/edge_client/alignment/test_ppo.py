@@ -11,12 +11,13 @@ import torch
 
 from device_profiles.errors import InputError
 from edge_client.alignment.critic import Critic
-from edge_client.alignment.descent import Descent, policy_descent
+from edge_client.alignment.descent import policy_descent
 from edge_client.alignment.figures import StepFigures
 from edge_client.alignment.ppo import ppo_step
 from edge_client.alignment.rollouts import Rollout
 from edge_client.alignment.settings import PpoSettings
 from edge_client.data.prompts import Encoded
+from edge_client.descent import Descent
 from tests.edge_client.alignment.conftest import (
     ARMS,
     PROMPT,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from device_profiles.errors import InputError
+from edge_client.descent import Moments
 from edge_client.reward.evaluation import wins
 from edge_client.reward.head import Head, scores
-from edge_client.reward.training import HeadTraining, Moments, bradley_terry, train_head
+from edge_client.reward.training import HeadTraining, bradley_terry, train_head
 from messaging.layout import Tensors
 from tests.edge_client.reward.conftest import NAME, a_head, by_hand, some_features
 

@@ -3,24 +3,32 @@
 In deployment an update arrives when its last chunk is verified. In emulation it arrives at its
 device's modelled time; the updates are taken first and let arrive in that order afterwards, so the
 accepted set does not depend on how fast this machine is.
+
+With a folder for stale updates (``aggregation = "fedbuff"``), a late update is taken nevertheless
+and waits there for a round that folds it in; without one it is answered and left out.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from cloud_aggregator.aggregation.asynchronous import StaleUpdate
+from cloud_aggregator.partials import ResumablePartial, held_pieces
 from cloud_aggregator.rounds import RoundRules, TrainingRound
 from cloud_aggregator.spool import Spool
+from cloud_aggregator.stale import Asked, ClosedRound, StaleUpdates
 from messaging.chunks import Chunk
 from messaging.codecs import BlobHeader, decode_blob, max_blob_bytes
 from messaging.errors import ProtocolError
 from messaging.layout import Layout, Vector
-from messaging.protocol import Codec, Costs, Done, Message, Offer, Reject, Report
+from messaging.protocol import Codec, Costs, Done, Grant, Message, Offer, Reject, Report
 from messaging.transfer import UploadDesk, UploadLimits
 
 # No weight of an adapter moves so far in a round; what does would soon overflow the global state.
@@ -66,6 +74,8 @@ class Intake:
         began: When the round began, on the caller's clock.
         send: Sends a message to a client.
         notify: Told of each update (event, fields).
+        wanted: How many clients the quorum is a share of; by default the cohort.
+        stale: Where late updates wait; without it they are left out.
 
     Attributes:
         refused: Updates that were refused once they were here whole, by code. What is refused
@@ -82,27 +92,35 @@ class Intake:
         began: float,
         send: Callable[[str, Message], None],
         notify: Callable[..., None],
+        wanted: int | None = None,
+        stale: StaleUpdates | None = None,
     ) -> None:
         self.number = number
-        self.round = TrainingRound(clients, rules.round_rules)
+        self.round = TrainingRound(clients, rules.round_rules, wanted=wanted)
         self.contributions: dict[str, Contribution] = {}
         self.reasons: dict[str, str] = {}
         self.refused: Counter[str] = Counter()
-        self._clients = clients
+        self._clients = dict(clients)
         self._rules = rules
         self._spool = spool
+        self._stale = stale
         self._began = began
         self._now = began
         self._send = send
         self._notify = notify
         self._arrivals: dict[str, float] = {}
+        self._partials: dict[str, ResumablePartial] = {}
+        self._earlier: dict[str, str] = {}  # blobs on their way up that are for an earlier round
         self._desk = UploadDesk(
             run=rules.run,
             limits=rules.limits,
-            open_partial=spool.open_partial,
+            open_partial=self._open_partial,
             send=self._from_desk,
             complete=self._complete,
+            held=self._held,
         )
+        if stale is not None:
+            stale.begin(number)
 
     @property
     def retransmitted_bytes(self) -> int:
@@ -131,11 +149,15 @@ class Intake:
             self._send(offer.client, self._done(offer, late=self._is_late(offer.client)))
             return
         if offer.round < self.number:
-            self._send(offer.client, self._done(offer, late=True))
-            raise ProtocolError("late", f"update of round {offer.round}; this is {self.number}")
+            self._offered_late(offer, now)
+            return
+        self.returned(offer.client, now)
         try:
             self._check(offer)
             if self.round.closed_at is None:
+                self._desk.offered(offer, now)
+                return
+            if self._waits_for_late(offer):
                 self._desk.offered(offer, now)
                 return
             if not self._rules.virtual_time:
@@ -147,23 +169,86 @@ class Intake:
             self._send(offer.client, self._reject(offer, err))
             raise
 
+    def _offered_late(self, offer: Offer, now: float) -> None:
+        """Answer an OFFER for an earlier round: take it if it may still be folded in."""
+        if not self._waits_for_late(offer):
+            self._send(offer.client, self._done(offer, late=True))
+            if self._stale is None or not self._stale.holds(offer.round, offer.client):
+                raise ProtocolError("late", f"update of round {offer.round}; this is {self.number}")
+            return
+        try:
+            self._check(offer)
+            self._earlier[offer.client] = offer.blob
+            self._desk.offered(offer, now)
+        except ProtocolError as err:
+            self._send(offer.client, self._reject(offer, err))
+            raise
+
+    def _waits_for_late(self, offer: Offer) -> bool:
+        """Return whether a late update is still wanted: it was asked for, and is not here yet."""
+        stale = self._stale
+        if stale is None or self._rules.virtual_time:
+            return False
+        if stale.holds(offer.round, offer.client) or stale.counted(offer.round, offer.client):
+            return False
+        if offer.round == self.number:
+            return self.round.status(offer.client) != "aggregated"
+        young = self.number - offer.round <= stale.max_staleness
+        return young and stale.asked(offer.round, offer.client) is not None
+
+    def _client_of(self, offer: Offer) -> Client:
+        """Return what is known of an offer's client in the round that it is for.
+
+        Raises:
+            ProtocolError: If that round did not ask it.
+        """
+        if offer.round == self.number:
+            if offer.client in self._clients:
+                return self._clients[offer.client]
+        elif self._stale is not None and (asked := self._stale.asked(offer.round, offer.client)):
+            layout = self._rules.layout.first(asked.tensors)
+            return Client(examples=asked.examples, layout=layout)
+        raise ProtocolError("round", f"no update of '{offer.client}' is asked for now")
+
+    def _goes_to_stale(self, offer: Offer) -> bool:
+        return offer.round < self.number or self.round.closed_at is not None
+
+    def _open_partial(self, offer: Offer) -> ResumablePartial:
+        if self._stale is not None and self._goes_to_stale(offer):
+            partial = self._stale.open_partial(offer)
+        else:
+            partial = ResumablePartial(self._partial_path(offer), offer)
+        self._partials[offer.client] = partial
+        return partial
+
+    def _held(self, offer: Offer) -> set[int]:
+        if self._stale is not None and self._goes_to_stale(offer):
+            return self._stale.held_pieces(offer)
+        return held_pieces(self._partial_path(offer), offer)
+
+    def _partial_path(self, offer: Offer) -> Path:
+        return self._spool.path(offer.client).with_suffix(".part")
+
     def restore(self) -> None:
         """Take the updates of this round that were acknowledged before the run was broken off."""
-        for offer, blob in self._spool.kept():
+        kept = self._spool.kept()
+        if self._stale is not None and self.round.closed_at is not None:
+            kept = itertools.chain(kept, self._stale.kept(self.number))
+        for offer, blob in kept:
             try:
                 self._check(offer)
                 contribution = self._read(offer, blob)
             except ProtocolError:  # the run's settings have changed since
                 continue
             self._arrive(offer.client, contribution, self._began)
+            if self._is_late(offer.client):
+                self._keep_late(offer, blob)
 
     def _check(self, offer: Offer) -> None:
         rules = self._rules
         if offer.binding != rules.binding:
             raise ProtocolError("base", "the update is from another base, tokenizer or placement")
-        if offer.round != self.number or offer.client not in self._clients:
-            raise ProtocolError("round", f"no update of '{offer.client}' is asked for now")
-        layout = self._clients[offer.client].layout
+        layout = self._client_of(offer).layout
         if offer.layout != layout.sha256:
             raise ProtocolError("layout", "the update holds other tensors than this run shares")
         if offer.codec != rules.codec:
@@ -180,7 +265,38 @@ class Intake:
             SpoolFullError: If the disk has no room for it.
         """
         self._now = now
+        self.returned(client, now)
         self._desk.data(client, chunk, now)
+
+    def lost(self, client: str, now: float) -> None:
+        """Note that a client vanished (its last will, or silence); in emulation nobody does."""
+        if not self._rules.virtual_time:
+            self.round.lost(client, now - self._began)
+
+    def returned(self, client: str, now: float) -> None:
+        """Note that a client is there, or there again."""
+        if not self._rules.virtual_time:
+            self.round.returned(client, now - self._began)
+
+    def vacancies(self, now: float) -> list[str]:
+        """Return the clients in whose place others should be invited now, in client order."""
+        return [] if self._rules.virtual_time else self.round.vacancies(now - self._began)
+
+    def invited(self, name: str, client: Client, now: float) -> str:
+        """Ask another client in the place of the first that vanished; return which that is.
+
+        Raises:
+            ValueError: If nobody's place is free, or the client was asked already.
+        """
+        vacancies = self.vacancies(now)
+        if not vacancies:
+            raise ValueError(f"no place is free for '{name}' in round {self.number}")
+        gone = vacancies[0]
+        self.round.replaced(gone, name, now - self._began)
+        self._clients[name] = client
+        self.reasons[gone] = f"gone: it vanished, and '{name}' was asked in its place"
+        self._notify("replaced", client=gone, round=self.number, by=name)
+        return gone
 
     def expire(self, now: float) -> None:
         """Hand the grants of silent clients on."""
@@ -204,14 +320,37 @@ class Intake:
             contribution = self._read(offer, blob)
         except ProtocolError as err:
             return self._reject(offer, err)
-        if self.round.closed_at is not None and offer.client in self.contributions:
-            return self._done(offer, late=True)  # another one of its own has been counted
+        if not self._rules.virtual_time:
+            self.passed(self._now)
+        if self._stale is not None and self._waits_for_late(offer) and self._goes_to_stale(offer):
+            self._keep_late(offer, blob)
+            self._drop_partial(offer)
+            if offer.round == self.number:
+                self._arrive(offer.client, contribution, self._now)
+            return self._done(offer, late=True)
+        if offer.round != self.number or (
+            self.round.closed_at is not None and offer.client in self.contributions
+        ):
+            self._drop_partial(offer)  # another one of its own has been counted
+            return self._done(offer, late=True)
         self._spool.keep(offer)
         self._arrive(offer.client, contribution, self._now)
         return self._done(offer, late=self._is_late(offer.client))
 
+    def _drop_partial(self, offer: Offer) -> None:
+        if partial := self._partials.pop(offer.client, None):
+            partial.discard()
+
+    def _keep_late(self, offer: Offer, blob: bytes, due_seconds: float = 0.0) -> None:
+        if self._stale is None:
+            return
+        asked = _asked(self._client_of(offer))
+        self._stale.keep(offer, blob, asked, due_seconds=due_seconds)
+        staleness = self.number - offer.round
+        self._notify("stale", client=offer.client, round=offer.round, staleness=staleness)
+
     def _read(self, offer: Offer, blob: bytes) -> Contribution:
-        header, vector = decode_blob(blob, self._clients[offer.client].layout)
+        header, vector = decode_blob(blob, self._client_of(offer).layout)
         self._check_header(header, offer)
         largest = float(np.abs(vector).max(initial=0.0))
         if largest > _LARGEST_CHANGE:
@@ -227,7 +366,7 @@ class Intake:
         said = (header.run, header.round, header.sender, header.codec)
         if said != (self._rules.run, offer.round, offer.client, offer.codec):
             raise ProtocolError("identity", "the update says another origin than its offer")
-        said_examples = self._clients[offer.client].examples
+        said_examples = self._client_of(offer).examples
         if header.examples != said_examples or header.examples < 1:
             raise ProtocolError(
                 "examples",
@@ -253,11 +392,14 @@ class Intake:
         )
 
     def _from_desk(self, client: str, message: Message) -> None:
-        """Send what the desk answers; it rejects only updates of this round that came whole."""
+        """Send what the desk answers; it rejects only updates that came whole."""
         if isinstance(message, Reject):
             self.refused[message.code] += 1
             self._notify("refused", client=client, code=message.code, reason=message.reason)
-            self._note_refusal(client, message.code, message.reason)
+            if self._earlier.get(client) != message.blob:
+                self._note_refusal(client, message.code, message.reason)
+        elif isinstance(message, Grant):
+            self._notify("granted", client=client, round=self.number)
         self._send(client, message)
 
     def _note_refusal(self, client: str, code: str, reason: str) -> None:
@@ -312,6 +454,11 @@ class Intake:
             else:
                 self.round.arrived(client, at)
         self.round.passed(math.inf)
+        for client in self.round.late if self._stale is not None else ():
+            if offer := self.contributions[client].offer:
+                blob = self._spool.path(client).read_bytes()
+                due = self._arrivals[client] - (self.round.closed_at or 0.0)
+                self._keep_late(offer, blob, due)
 
     def accepted_updates(self) -> Iterator[tuple[Vector, int]]:
         """Yield (update, examples) of the accepted clients in client order, one at a time."""
@@ -319,12 +466,49 @@ class Intake:
             header, vector = self._spool.update(client, self._clients[client].layout)
             yield vector, header.examples
 
+    def folded(self) -> ClosedRound | None:
+        """Return what this round folds in of earlier ones; decided once, when it is over.
+
+        Raises:
+            ValueError: If the round is still open.
+        """
+        if self._stale is None:
+            return None
+        if self.round.closed_at is None:
+            raise ValueError(f"round {self.number} is open: what it folds in is not decided yet")
+        asked = {name: _asked(client) for name, client in self._clients.items()}
+        at, accepted = self.round.closed_at, self.round.accepted
+        return self._stale.decide(self.number, at, asked, accepted)
+
+    def stale_updates(self) -> Iterator[StaleUpdate]:
+        """Yield the updates of earlier rounds that this one folds in, by (round, client).
+
+        Raises:
+            ValueError: If the round is still open.
+        """
+        closed, stale = self.folded(), self._stale
+        if closed is None or stale is None:
+            return
+        for entry in closed.folded:
+            layout = self._rules.layout.first(entry.tensors)
+            _, vector = decode_blob(stale.read(entry), layout)
+            yield StaleUpdate(
+                client=entry.client,
+                round=entry.round,
+                staleness=self.number - entry.round,
+                vector=vector,
+                examples=entry.examples,
+            )
+
     def close(self) -> None:
-        """Drop what is under way; what was acknowledged stays on disk."""
-        for client in self.round.cohort:
-            self._desk.forget(client)
+        """Let go of what is under way; what has arrived stays on disk, to go on with."""
+        self._desk.suspend()
 
     def clear(self) -> None:
         """Remove the round's updates."""
         self.close()
         self._spool.clear()
+
+
+def _asked(client: Client) -> Asked:
+    return Asked(examples=client.examples, tensors=len(client.layout.specs))

@@ -126,9 +126,25 @@ class Observed(_Part):
     refused: dict[str, int] = Field(default_factory=dict)
 
 
+class StaleEntry(_Part):
+    """A late update of an earlier round that this one folded in.
+
+    ``staleness`` is in rounds; the update moved the global state by ``share`` of what it would have
+    in time.
+    """
+
+    id: str
+    round: int
+    staleness: int
+    share: float
+    examples: int
+
+
 class RoundRecord(_Part):
     """One round: one task out, a cohort's updates in, one global state out.
 
+    ``stale`` are the late updates that came to it from earlier rounds, and ``stale_dropped`` counts
+    those that had become too old.
     ``taken_back`` says why a round of alignment was undone: what its clients have then is measured
     on the state before it, and ``dropped`` is what was measured on the state that it had made.
     """
@@ -141,7 +157,14 @@ class RoundRecord(_Part):
     global_: Annotated[GlobalRound, Field(alias="global")]
     taken_back: str = ""
     dropped: GlobalRound | None = None
+    stale: list[StaleEntry] = Field(default_factory=list)
+    stale_dropped: int = 0
     observed: Observed
+
+    @property
+    def moved(self) -> bool:
+        """Whether any update came into the global state of this round."""
+        return bool(self.accepted or self.stale)
 
     model_config = ConfigDict(extra="forbid", validate_by_name=True, serialize_by_alias=True)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from cloud_aggregator.aggregation.asynchronous import staleness_weight
 from cloud_aggregator.intake import Intake
-from cloud_aggregator.records import ClientRound, Observed, RoundRecord
+from cloud_aggregator.records import ClientRound, Observed, RoundRecord, StaleEntry
 from cloud_aggregator.summary import global_figures, weighted_mean
 from device_profiles.battery import Battery
 from device_profiles.energy import power_cost
@@ -37,6 +38,7 @@ def round_record(
         _client_round(device, intake, reports.get(device.id), left.get(device.id))
         for device in devices
     ]
+    closed = intake.folded()
     slowest = max((entry.downlink_seconds for entry in entries), default=0.0)
     return RoundRecord(
         stage=stage,
@@ -45,6 +47,17 @@ def round_record(
         virtual_seconds=(intake.round.closed_at or 0.0) + slowest,
         clients=entries,
         global_=global_figures({d.id: d for d in devices}, reports),
+        stale=[
+            StaleEntry(
+                id=folded.client,
+                round=folded.round,
+                staleness=intake.number - folded.round,
+                share=staleness_weight(intake.number - folded.round),
+                examples=folded.examples,
+            )
+            for folded in (closed.folded if closed else ())
+        ],
+        stale_dropped=closed.dropped if closed else 0,
         observed=observed,
     )
 
@@ -58,7 +71,8 @@ def _client_round(
     costs = gave.costs if gave else Costs()
     # The state that the round made, once: what a device that was started again fetched anew
     # depends on what happened to it, and not on what the run is.
-    fresh = bool(intake.round.accepted)
+    closed = intake.folded()
+    fresh = bool(intake.round.accepted or (closed and closed.folded))
     down = report.costs if report and fresh else Costs()
     idle = power_cost(intake.waited(client), device.power.idle_watts)
     entry = ClientRound(

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from cloud_aggregator.run_folder import write_atomically
 from messaging.codecs import BlobHeader, decode_blob
@@ -28,15 +29,30 @@ class SpoolFullError(Exception):
     exit_code = 1
 
 
+class Ledger(Protocol):
+    """Where it stands which updates were kept, with the offers that they came with."""
+
+    def keep(self, offer: Offer) -> None:
+        """Put an update down before it is acknowledged."""
+
+    def kept(self) -> list[Offer]:
+        """Return what was put down, in that order."""
+
+    def clear(self) -> None:
+        """Forget it."""
+
+
 class Spool:
     """The updates of one round.
 
     Args:
         folder: Of this round; made where it is missing.
+        ledger: Of this round; by default a file beside each update, in client order.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ledger: Ledger | None = None) -> None:
         self._folder = folder
+        self._ledger: Ledger = _Notes(folder) if ledger is None else ledger
         with _full_is_told(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -63,23 +79,24 @@ class Spool:
 
         Raises:
             DiskFullError: If the disk has no room for the offer beside it.
+            StoreError: If the ledger cannot be written.
         """
-        write_atomically(self._folder / f"{offer.client}.json", encode(offer))
         self._partial(offer.client).replace(self.path(offer.client))
         folder = os.open(self._folder, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+        self._ledger.keep(offer)
 
     def kept(self) -> Iterator[tuple[Offer, bytes]]:
         """Yield offer and update of those kept by an earlier process; what is damaged is passed."""
-        for path in sorted(self._folder.glob("*.json")):
+        for offer in self._ledger.kept():
             try:
-                offer, blob = decode(path.read_bytes()), self.path(path.stem).read_bytes()
-            except (OSError, ProtocolError):
+                blob = self.path(offer.client).read_bytes()
+            except OSError:
                 continue
-            if isinstance(offer, Offer) and hashlib.sha256(blob).hexdigest() == offer.blob:
+            if hashlib.sha256(blob).hexdigest() == offer.blob:
                 yield offer, blob
 
     def update(self, client: str, layout: Layout) -> tuple[BlobHeader, Vector]:
@@ -88,7 +105,31 @@ class Spool:
 
     def clear(self) -> None:
         """Remove the round's updates."""
+        self._ledger.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _Notes:
+    """A ledger of one small file an update."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def keep(self, offer: Offer) -> None:
+        write_atomically(self._folder / f"{offer.client}.json", encode(offer))
+
+    def kept(self) -> list[Offer]:
+        offers = []
+        for path in sorted(self._folder.glob("*.json")):
+            with contextlib.suppress(OSError, ProtocolError):
+                message = decode(path.read_bytes())
+                if isinstance(message, Offer):
+                    offers.append(message)
+        return offers
+
+    def clear(self) -> None:
+        for path in self._folder.glob("*.json"):
+            path.unlink(missing_ok=True)
 
 
 class PartialFile:

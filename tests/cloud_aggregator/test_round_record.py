@@ -55,6 +55,7 @@ def entry(power: Power, costs: Costs, *, waited: float, before: float | None) ->
         contributions={"a": Contribution(costs=costs, train_loss=1.0)},
         reasons={},
         waited=lambda _client: waited,
+        folded=lambda: None,
     )
     report = Report(
         run="r",

@@ -1,0 +1,13 @@
+"""Runs the migrations on the connection that the store hands over."""
+
+from __future__ import annotations
+
+from alembic import context
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    version_table="pwff_schema",
+    transaction_per_migration=True,
+)
+with context.begin_transaction():
+    context.run_migrations()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from cloud_aggregator.methods import METHODS
 from cloud_aggregator.progress import ProgressView, say
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.run_folder import RunFolder
+from device_profiles import logs
 from device_profiles.config_files import read_toml
 from device_profiles.errors import InputError
 from device_profiles.modules import PLACEMENTS
@@ -38,12 +38,10 @@ class _InterruptedError(Exception):
     exit_code = INTERRUPTED
 
 
-def _start_logging(verbose: int, console: Console) -> None:
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+def _start_logging(level: str, console: Console) -> None:
     # a live view is drawn around lines of its own console only
     beside = console if console.is_terminal else Console(stderr=True)
-    handler = RichHandler(console=beside, show_path=False)
-    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
+    logs.start("text", level, handler=RichHandler(console=beside, show_path=False))
 
 
 def stop_on_signals(aggregator: Aggregator) -> None:
@@ -164,7 +162,7 @@ def emulate(
     from cloud_aggregator.emulation.emulate import emulate as run_emulation
 
     console = Console(stderr=as_json)
-    _start_logging(verbose, console)
+    _start_logging(("warning", "info", "debug")[min(verbose, 2)], console)
     given = {k: v for k, v in options.items() if v is not None}
     if resume and out is None:
         raise InputError("--resume goes on with the run in --out; name its folder")
@@ -204,16 +202,31 @@ def _close(
 @click.option(
     "--config", "path", required=True, type=click.Path(path_type=Path), help="A TOML file."
 )
-@click.option("-v", "--verbose", count=True, help="More of the log; twice for all.")
-def aggregator(path: Path, verbose: int) -> int:
+@click.option("-v", "--verbose", is_flag=True, help="The whole log: --log-level debug.")
+@click.option("--log-level", type=click.Choice(logs.LEVELS), help="The least logged (info).")
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", help="json: one a line."
+)
+def aggregator(path: Path, verbose: bool, log_level: str | None, log_format: logs.Format) -> int:
     """Run the cloud side of a run until it is done or stopped; it resumes where it was."""
     from cloud_aggregator.service import load_service, serve
 
-    console = Console()
-    _start_logging(max(1, verbose), console)
+    for_machines = log_format == "json"
+    console = Console(quiet=for_machines)
+    level = log_level or ("debug" if verbose else "info")
+    if for_machines:
+        logs.start("json", level)
+    else:
+        _start_logging(level, console)
     service = load_service(path)
+    logs.place(run=service.run)
     with ProgressView(console, service.total_rounds) as view:
-        record = serve(service, notify=view, on_start=stop_on_signals)
+
+        def notify(event: str, **fields: Any) -> None:
+            logs.note_event(event, **fields)
+            (logs.tell_event if for_machines else view)(event, **fields)
+
+        record = serve(service, notify=notify, on_start=stop_on_signals)
     remedy = f"start it again with --config {path}"
     return _close(console, record, RunFolder(service.out), remedy=remedy, as_json=False)
 

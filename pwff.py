@@ -17,6 +17,7 @@ COMMANDS = {
     "aggregator": ("cloud_aggregator.cli", "the cloud side of a real run"),
     "client": ("edge_client.cli", "the device side of a real run"),
     "reproduce": ("cloud_aggregator.reproduce.command", "the paper's comparison, all methods"),
+    "simulate": ("cloud_aggregator.simulation.command", "a large fleet in virtual time, untrained"),
     "export": ("edge_client.export_command", "a personal model, for transformers or ONNX Runtime"),
     "generate": ("edge_client.talk_command", "one answer of a personal model"),
     "chat": ("edge_client.talk_command", "talk to a personal model"),

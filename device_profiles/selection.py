@@ -1,11 +1,12 @@
-"""Which n of K clients take part in a round, by what their pilots showed.
+"""Which n of K clients take part in a round, by their pilots or by what they are worth.
 
-Rates in bit/s. Pure functions of plain values; a tie is broken by the generator, never by a
-client's place in the list.
+Rates in bit/s, times in seconds. Pure functions of plain values; a tie is broken by the generator,
+never by a client's place in the list.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,12 @@ from device_profiles.errors import InputError
 Floats = npt.NDArray[np.float64]
 
 FORGETTING = 0.1
+
+#: Of ``utility``; all six are Oort's.
+SLOWNESS_PENALTY = 2.0
+UNCERTAINTY = 0.1
+FIRST_EXPLORATION, EXPLORATION_FACTOR, LEAST_EXPLORATION = 0.9, 0.98, 0.2
+NEARLY_BEST = 0.95
 
 
 def select_cohort(
@@ -57,6 +64,111 @@ def select_cohort(
     shuffled = generator.permutation(pilots.size)
     order = shuffled[np.argsort(-priority[shuffled], kind="stable")]
     return sorted(int(place) for place in order[:cohort])
+
+
+def utilities(
+    statistical: npt.ArrayLike,
+    seconds: npt.ArrayLike,
+    last_rounds: npt.ArrayLike,
+    *,
+    preferred_seconds: float,
+    round_: int,
+) -> Floats:
+    """Return what asking each client is worth: (U + sqrt(0.1 ln R / L)) * min(1, T / t)^2.
+
+    U is the statistical utility: |B| sqrt(sum of squared losses over B / |B|) of the examples B
+    that the client trained on. R is the round, L the last one in which it took part: who has not
+    been asked for long becomes worth more. T is the time that a round should take, t the client's.
+
+    Args:
+        statistical: U of each, >= 0. Shape (K,).
+        seconds: t of each, > 0. Shape (K,).
+        last_rounds: L of each, >= 1. Shape (K,).
+        preferred_seconds: T, > 0.
+        round_: R, >= 1.
+
+    Source: Lai, Zhu, Madhyastha and Chowdhury, Oort: Efficient Federated Learning via Guided
+    Participant Selection, OSDI 2021, equation 1 and algorithm 1. Its pacer, which adapts T, is left
+    to the caller.
+
+    Raises:
+        InputError: If a number is out of its range.
+    """
+    worth = _rates("statistical", statistical)
+    slow, last = _rates("seconds", seconds), _rates("last_rounds", last_rounds)
+    if not preferred_seconds > 0 or not slow.all():
+        raise InputError("seconds and preferred_seconds must be above 0; give times that pass")
+    if round_ < 1 or (last < 1).any():
+        raise InputError("round_ and last_rounds must be 1 or more; leave out who never took part")
+    worth = worth + np.sqrt(UNCERTAINTY * math.log(round_) / last)
+    penalty = np.minimum(1.0, preferred_seconds / slow) ** SLOWNESS_PENALTY
+    return np.asarray(worth * penalty, dtype=np.float64)
+
+
+def exploration_share(round_: int) -> float:
+    """Return the share of a cohort that ``select_by_utility`` takes from clients not tried yet."""
+    return max(LEAST_EXPLORATION, FIRST_EXPLORATION * EXPLORATION_FACTOR ** (round_ - 1))
+
+
+def select_by_utility(
+    cohort: int,
+    generator: np.random.Generator,
+    *,
+    worth: npt.ArrayLike,
+    seconds: npt.ArrayLike,
+    tried: npt.NDArray[np.bool_],
+    exploration: float,
+) -> list[int]:
+    """Return the places of the ``cohort`` clients to ask, in ascending order.
+
+    A share ``exploration`` comes from those not tried yet, the faster the likelier. The rest comes
+    from those whose worth is at least 0.95 of the worth that would just be enough, with a
+    probability in proportion to it. Where one kind is too few, the other fills up.
+
+    Args:
+        cohort: How many, 1 to all.
+        generator: Decides both draws.
+        worth: ``utilities`` of those tried; of the others it is not looked at. Shape (K,).
+        seconds: That each takes, > 0. Shape (K,).
+        tried: Who took part before. Shape (K,).
+        exploration: [0, 1] (``exploration_share``).
+
+    Source: as ``utilities``, algorithm 1. Deviation: worth is not clipped at a percentile.
+
+    Raises:
+        InputError: If a number is out of its range.
+    """
+    value, slow = _rates("worth", worth), _rates("seconds", seconds)
+    if not 1 <= cohort <= value.size:
+        raise InputError(f"cohort = {cohort} of {value.size} clients; give 1 to {value.size}")
+    if not 0 <= exploration <= 1:
+        raise InputError(f"exploration = {exploration}; give a share of 0 to 1")
+    known, new = np.flatnonzero(tried), np.flatnonzero(~tried)
+    exploring = min(round(exploration * cohort), new.size)
+    exploring = max(exploring, cohort - known.size)
+    kept = cohort - exploring
+    if kept:
+        enough = NEARLY_BEST * np.partition(value[known], known.size - kept)[known.size - kept]
+        known = known[value[known] >= enough]
+    chosen = np.concatenate(
+        (
+            known[_weighted(value[known], kept, generator)],
+            new[_weighted(1 / slow[new], exploring, generator)],
+        )
+    )
+    return [int(place) for place in np.sort(chosen)]
+
+
+def _weighted(weights: Floats, count: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Return ``count`` places, drawn one after the other in proportion to weights >= 0.
+
+    Exponential times at these rates: the first ``count`` to ring. Source: Efraimidis and Spirakis,
+    Weighted Random Sampling with a Reservoir, 2006.
+    """
+    rings = np.full(weights.size, np.inf)
+    times = generator.standard_exponential(weights.size)
+    np.divide(times, weights, out=rings, where=weights > 0)
+    return np.asarray(np.argsort(rings, kind="stable")[:count], dtype=np.int64)
 
 
 def update_past_rates(

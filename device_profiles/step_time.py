@@ -30,7 +30,7 @@ OTHER_MOVES = 0.65
 #: Fitted. Of a pass: what Python and torch take to start its operations.
 PASS_OVERHEAD_SECONDS = 0.0117
 #: Fitted, but for fp32 and bf16. Unpacking a weight of a matrix for one product, as bytes moved.
-UNPACKED_BYTES = {"fp32": 0.0, "bf16": 5.5, "int8": 4.5, "nf4": 17.0}
+UNPACKED_BYTES = {"fp32": 0.0, "bf16": 3.1, "int8": 2.1, "nf4": 8.8}
 
 #: A product with an unpacked weight goes over its result for the bias, or for zeros and a sum;
 #: with int8 a scale is in its way too.

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from device_profiles.errors import InputError
 from device_profiles.selection import (
     SELECTIONS,
+    exploration_share,
     jain_index,
+    select_by_utility,
     select_cohort,
     update_past_rates,
+    utilities,
 )
 
 Shares = st.lists(st.floats(0, 1e9), min_size=1, max_size=30).filter(any)
@@ -162,3 +165,60 @@ def test_other_numbers_out_of_range_are_refused() -> None:
     with pytest.raises(InputError, match=r"^shares are all 0; "):
         jain_index([0.0, 0.0])
     assert sorted(SELECTIONS) == ["best-channel", "proportional-fair", "uniform"]
+
+
+def test_utility_by_hand() -> None:
+    # ln of round e**10 is 10: uncertainty sqrt(0.1 * 10 / L) = 1 and 1/2. Twice too slow: 1/4.
+    worth = utilities(
+        [3.0, 3.0, 3.0],
+        [10.0, 20.0, 5.0],
+        [1, 1, 4],
+        preferred_seconds=10.0,
+        round_=round(math.exp(10)),
+    )
+    assert worth.tolist() == pytest.approx([4.0, 1.0, 3.5], rel=1e-5)  # the round is whole
+
+
+def test_exploration_falls_from_nine_tenths_to_a_fifth() -> None:
+    assert exploration_share(1) == 0.9
+    assert exploration_share(2) == pytest.approx(0.882)
+    assert exploration_share(1000) == 0.2
+
+
+def test_utility_takes_the_worthiest_and_explores_the_rest() -> None:
+    tried = np.array([True, True, True, False, False])
+    common = {"worth": [9.0, 1.0, 8.9, 0.0, 0.0], "seconds": [1.0] * 5, "tried": tried}
+    for seed in range(20):
+        # Two of the three known are within 0.95 of the second best.
+        assert select_by_utility(2, generator(seed), exploration=0.0, **common) == [0, 2]
+        explored = select_by_utility(2, generator(seed), exploration=1.0, **common)
+        assert explored == [3, 4]
+        # Five of five: what one kind lacks the other fills.
+        assert select_by_utility(5, generator(seed), exploration=0.0, **common) == [0, 1, 2, 3, 4]
+
+
+def test_exploration_prefers_fast_clients_in_proportion() -> None:
+    draw, rounds = generator(4), 4_000
+    asked = sum(
+        select_by_utility(
+            1,
+            draw,
+            worth=[0.0, 0.0],
+            seconds=[1.0, 3.0],
+            tried=np.zeros(2, dtype=np.bool_),
+            exploration=1.0,
+        )
+        == [0]
+        for _ in range(rounds)
+    )
+    # With 1/1 and 1/3 the first is asked with probability 3/4: a binomial count.
+    assert asked == pytest.approx(0.75 * rounds, abs=5 * math.sqrt(rounds * 0.75 * 0.25))
+
+
+def test_utility_out_of_range_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^seconds and preferred_seconds must be above 0"):
+        utilities([1.0], [0.0], [1], preferred_seconds=1.0, round_=1)
+    with pytest.raises(InputError, match=r"^exploration = 1\.5; give a share of 0 to 1"):
+        select_by_utility(
+            1, generator(), worth=[1.0], seconds=[1.0], tried=np.array([True]), exploration=1.5
+        )

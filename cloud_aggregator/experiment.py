@@ -264,6 +264,16 @@ def load_experiment(path: Path | None, options: dict[str, Any]) -> Experiment:
     values = read_toml(path) if path is not None else {}
     source = str(path) if path is not None else "options"
     experiment = check(Experiment, {**values, **options}, source)
+    check_experiment(experiment, source)
+    return experiment
+
+
+def check_experiment(experiment: Experiment, source: str) -> None:
+    """Refuse an experiment with a name that is unknown, or settings that do not fit each other.
+
+    Raises:
+        InputError: Naming setting, value and remedy.
+    """
     choose("method", experiment.method, METHODS)
     choose("LoRA placement", experiment.placement, PLACEMENTS)
     for stage in experiment.stage_names:
@@ -294,7 +304,6 @@ def load_experiment(path: Path | None, options: dict[str, Any]) -> Experiment:
         raise InputError("a broker is given with transport 'memory'; leave one of them out")
     if experiment.broker is not None and experiment.broker_port is not None:
         raise InputError("broker_port is of the embedded broker, and a broker is given; choose one")
-    return experiment
 
 
 def stored(experiment: Experiment) -> dict[str, Any]:

@@ -21,8 +21,10 @@ from edge_client.data.instructions import load_instructions
 from edge_client.data.own_data import load_sources
 from edge_client.device_record import link_of
 from edge_client.host import Host
+from edge_client.ledger import Ledger
 from edge_client.local_client import LocalClient, Setup
 from edge_client.peft.packed_model import PackedModel
+from edge_client.progress import Interruption, Progress
 from edge_client.works import build_works, load_judging
 from messaging.mqtt import MqttNetwork
 from messaging.transport import Network
@@ -31,8 +33,12 @@ from quantization.frozen_gpt2 import load_frozen
 from quantization.identity import identify
 
 
-def build_clients(spec: WorkerSpec) -> list[LocalClient]:
+def build_clients(spec: WorkerSpec, interruption: Interruption | None = None) -> list[LocalClient]:
     """Load data once and a base for each precision, and return this worker's clients on them.
+
+    Args:
+        spec: What they are.
+        interruption: Stops a training between two steps; where it stands is on the client's disk.
 
     Raises:
         InputError: If base or data are not what the run was planned on.
@@ -77,6 +83,7 @@ def build_clients(spec: WorkerSpec) -> list[LocalClient]:
     preferences = load_sources(spec.preferences, spec.prompts, seed=spec.seed)
     if preferences.hashes != spec.hashes:
         raise InputError("preference data changed since the run was planned; start a new run")
+    interruption = interruption or Interruption()
     bases = [model.base for model in models.values()]
     judging = load_judging(identity, spec.trunk_precision, *bases) if spec.preferences else None
     examples = dataset.examples
@@ -95,6 +102,7 @@ def build_clients(spec: WorkerSpec) -> list[LocalClient]:
                 ),
                 judging=judging,
                 folder=folder.client_path(client.device.id),
+                progress=Progress(folder.client_path(client.device.id), interruption),
             ),
             base=identity,
             device=client.device,
@@ -108,7 +116,15 @@ def build_clients(spec: WorkerSpec) -> list[LocalClient]:
 
 def make_host(spec: WorkerSpec, network: Network) -> Host:
     """Return a host of this worker's clients."""
-    return Host(network, build_clients(spec), binding=spec.binding)
+    interruption = Interruption()
+    folder = RunFolder(Path(spec.run_folder))
+    return Host(
+        network,
+        build_clients(spec, interruption),
+        binding=spec.binding,
+        ledgers={c.device.id: Ledger(folder.client_path(c.device.id)) for c in spec.clients},
+        interrupt=interruption.stop,
+    )
 
 
 def main() -> int:

@@ -49,8 +49,13 @@ def build_report(runs: Sequence[tuple[str, RunRecord]]) -> str:
     if len(runs) == 1:
         name, run = runs[0]
         return _environment().get_template("report.html.jinja").render(_one(name, run))
+    return build_comparison(runs, template="comparison.html.jinja")
+
+
+def build_comparison(runs: Sequence[tuple[str, RunRecord]], *, template: str, **more: Any) -> str:
+    """Return a comparison of at least one run, on a template that shows ``more`` besides."""
     told = _told_apart(runs)
-    return _environment().get_template("comparison.html.jinja").render(_several(told))
+    return _environment().get_template(template).render(_several(told), **more)
 
 
 def write_report(folders: Sequence[Path], out: Path | None) -> Path:

@@ -1,0 +1,1 @@
+"""The work that ``benchmarks/fleet.py`` gives to each engine, and the engines that it compares."""

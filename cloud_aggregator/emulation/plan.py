@@ -1,0 +1,268 @@
+"""A run before it starts: everything that follows from its experiment, looked up and drawn."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from cloud_aggregator.cohort import CohortRule
+from cloud_aggregator.emulation.fleet import (
+    ClientSpec,
+    FleetPlan,
+    WorkerSpec,
+    plan_fleet,
+    preference_sources,
+    stage_plans,
+)
+from cloud_aggregator.experiment import Experiment, stored
+from cloud_aggregator.records import DataRecord, RunRecord
+from cloud_aggregator.rounds import RoundRules
+from cloud_aggregator.run_folder import RunFolder, read_record
+from cloud_aggregator.service import model_record
+from cloud_aggregator.settings import RunSettings
+from device_profiles.errors import InputError
+from edge_client.data.instructions import Dataset, load_instructions
+from edge_client.data.own_data import Preferences, load_sources
+from edge_client.device_record import held_bytes
+from edge_client.preflight import (
+    check_memory,
+    client_memory,
+    fleet_bytes,
+    free_memory,
+    step_shape,
+)
+from messaging.layout import joint_sha256
+from quantization.identity import BaseIdentity, binding, identify
+
+_GATHER_SECONDS = 300.0
+_PATIENCE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A run before it starts; nothing of it is on disk yet."""
+
+    experiment: Experiment
+    identity: BaseIdentity
+    dataset: Dataset
+    preferences: Preferences
+    fleet: FleetPlan
+    binding: str
+    workers: int
+    folder: RunFolder
+
+
+def plan_run(experiment: Experiment, folder: RunFolder) -> Planned:
+    """Return a run's base, data and clients; nothing is trained or written.
+
+    Raises:
+        InputError: If fleet, modules, data or partition are not usable or do not fit each other.
+        BaseModelError: If the base is not usable.
+    """
+    identity = identify(experiment.model)
+    dataset = load_instructions(experiment.data)
+    preferences = load_sources(
+        preference_sources(experiment), experiment.prompts, seed=experiment.seed
+    )
+    return Planned(
+        experiment=experiment,
+        identity=identity,
+        dataset=dataset,
+        preferences=preferences,
+        fleet=plan_fleet(experiment, identity, dataset, preferences),
+        binding=binding(identity, experiment.placement),
+        workers=_worker_count(experiment),
+        folder=folder,
+    )
+
+
+def check_plan_memory(planned: Planned) -> None:
+    """Refuse, before any worker starts, a run that the system would stop for its memory.
+
+    Raises:
+        NotEnoughMemoryError: If the workers would take more than is free.
+    """
+    from quantization.checkpoint import look_through  # needs torch
+
+    experiment, fleet, workers = planned.experiment, planned.fleet, planned.workers
+    shape = step_shape(
+        planned.identity,
+        look_through(planned.identity).heads,
+        adapter_size=fleet.modules.adapter_size,
+        placement=fleet.modules.placement,
+        lora_rank=fleet.modules.lora_rank,
+    )
+    devices = [client.device for client in fleet.clients]
+    worst = max(devices, key=lambda device: (device.lora_count, device.base_bytes))
+    precision = worst.precision.removesuffix("-dynamic")
+    one = client_memory(
+        shape,
+        worst.lora_count,
+        batch_size=experiment.batch_size,
+        max_length=experiment.max_length,
+        precision=precision,
+    )
+    bases = {device.precision for device in devices}
+    if fleet.clients[0].own.train:
+        bases.add(experiment.trunk_precision)
+    others = sum(held_bytes(planned.identity, p) for p in bases - {worst.precision})
+    check_memory(
+        fleet_bytes(one, workers, precision) + workers * others,
+        free_memory(),
+        what=f"{workers} worker(s) on {planned.identity.name}",
+        remedies=[
+            "give --workers 1",
+            "--precision int8 or nf4",
+            "a smaller --batch-size or --max-length",
+        ],
+    )
+
+
+def _check_unchanged(record: RunRecord, planned: Planned) -> None:
+    """Refuse to resume on another base, tokenizer or data than the run began with."""
+    pairs: dict[str, tuple[object, object]] = {
+        "model": (record.model.sha256, planned.identity.sha256),
+        "tokenizer": (record.model.tokenizer_sha256, planned.identity.tokenizer_sha256),
+        "data": (record.data.sha256, planned.dataset.sha256),
+        "preference data": (record.data.preferences, planned.preferences.hashes),
+    }
+    for name, (then, now) in pairs.items():
+        if then != now:
+            raise InputError(
+                f"the {name} is not what the run in {planned.folder.path} began with (its hash "
+                "changed); put it back, or start a new run in another --out"
+            )
+
+
+def _worker_count(experiment: Experiment) -> int:
+    if experiment.transport == "memory":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    wanted = experiment.workers or max(1, (cores or 1) // experiment.threads)
+    return min(wanted, experiment.clients)
+
+
+def run_record(planned: Planned, *, resume: bool) -> RunRecord:
+    """Return a run's record so far.
+
+    Raises:
+        InputError: If it is damaged, or base or data are not what the run began with.
+    """
+    experiment, dataset = planned.experiment, planned.dataset
+    if resume:
+        record = read_record(planned.folder.path)
+        _check_unchanged(record, planned)
+        record.workers, record.transport = planned.workers, experiment.transport
+        return record
+    return RunRecord(
+        version=version("pwff"),
+        run=experiment.run_name,
+        seed=experiment.seed,
+        method=experiment.method,
+        stages=experiment.stage_names,
+        engine=experiment.engine,
+        workers=planned.workers,
+        transport=experiment.transport,
+        codec=experiment.codec,
+        model=model_record(planned.identity, planned.fleet.priced),
+        data=DataRecord(
+            source=experiment.data,
+            sha256=dataset.sha256,
+            examples=len(dataset.examples),
+            held_out_examples=sum(c.device.held_out_examples for c in planned.fleet.clients),
+            broken_rows=len(dataset.broken),
+            preferences=planned.preferences.hashes,
+            partition=experiment.partition,
+            alpha=experiment.alpha if experiment.partition == "dirichlet" else None,
+            skew=experiment.skew,
+        ),
+    )
+
+
+def run_config(planned: Planned) -> dict[str, Any]:
+    """Return what ``config.toml`` holds of the run itself."""
+    return {
+        "experiment": stored(planned.experiment),
+        "hashes": {
+            "base": planned.identity.sha256,
+            "tokenizer": planned.identity.tokenizer_sha256,
+            "data": planned.dataset.sha256,
+            "binding": planned.binding,
+            "layout": joint_sha256(planned.fleet.layouts.values()),
+            **planned.preferences.hashes,
+        },
+        "threads_a_client": planned.experiment.threads,
+    }
+
+
+def run_settings(planned: Planned) -> RunSettings:
+    """Return what the aggregator needs."""
+    experiment = planned.experiment
+    return RunSettings(
+        run=experiment.run_name,
+        method=experiment.method,
+        seed=experiment.seed,
+        modules=planned.fleet.modules,
+        stages=stage_plans(experiment, planned.fleet.layouts),
+        binding=planned.binding,
+        clients=experiment.clients,
+        minimum_clients=experiment.clients,
+        gather_seconds=_GATHER_SECONDS,
+        codec=experiment.codec,
+        max_length=experiment.max_length,
+        chunk_bytes=experiment.chunk_bytes,
+        rules=RoundRules(quorum=experiment.quorum, deadline_seconds=experiment.deadline_seconds),
+        virtual_time=True,
+        known_clients=frozenset(c.device.id for c in planned.fleet.clients),
+        cohort=_cohort(experiment),
+        refuses_hopeless_deadline=True,
+        waits_for_channel=experiment.upload_policy == "wait",
+        patience_seconds=_PATIENCE_SECONDS,
+    )
+
+
+def _cohort(experiment: Experiment) -> CohortRule | None:
+    if experiment.cohort is None:
+        return None
+    return CohortRule(size=experiment.cohort, selection=experiment.selection, seed=experiment.seed)
+
+
+def worker_specs(planned: Planned) -> list[WorkerSpec]:
+    """Deal the clients out, heaviest first, to the worker with the least to do."""
+    experiment = planned.experiment
+    shares: list[list[ClientSpec]] = [[] for _ in range(planned.workers)]
+    load = [0] * planned.workers
+    heavy = sorted(
+        planned.fleet.clients, key=lambda c: (-c.device.trainable_parameters, c.device.id)
+    )
+    for client in heavy:
+        least = load.index(min(load))
+        shares[least].append(client)
+        load[least] += client.device.base_bytes // 4 + client.device.trainable_parameters
+    return [
+        WorkerSpec(
+            run=experiment.run_name,
+            run_folder=str(planned.folder.path.resolve()),
+            model=experiment.model,
+            binding=planned.binding,
+            stages=experiment.stage_names,
+            seed=experiment.seed,
+            data=experiment.data,
+            data_sha256=planned.dataset.sha256,
+            preferences=preference_sources(experiment),
+            prompts=experiment.prompts,
+            hashes=planned.preferences.hashes,
+            trunk_precision=experiment.trunk_precision,
+            placement=experiment.placement,
+            adapter_size=experiment.adapter_size,
+            lora_rank=planned.fleet.modules.lora_rank,
+            threads=experiment.threads,
+            chunk_bytes=experiment.chunk_bytes,
+            method=experiment.method,
+            priced=planned.fleet.priced,
+            clients=sorted(share, key=lambda c: c.device.id),
+        )
+        for share in shares
+    ]

@@ -17,9 +17,12 @@ from cloud_aggregator.aggregation import AGGREGATIONS
 from cloud_aggregator.cohort import able, choose_cohort
 from cloud_aggregator.course import Course
 from cloud_aggregator.desk import Desk
+from cloud_aggregator.door import Door, DoorLimits
+from cloud_aggregator.health import Vitals
 from cloud_aggregator.inbox import Inbox, StoppedError
 from cloud_aggregator.intake import Client, Intake, IntakeRules
 from cloud_aggregator.methods import own_layout
+from cloud_aggregator.metrics import Metrics
 from cloud_aggregator.records import Observed, RoundRecord, RunRecord
 from cloud_aggregator.registry import Registry
 from cloud_aggregator.round_record import round_record
@@ -31,9 +34,11 @@ from cloud_aggregator.summary import client_before, global_figures, summarise
 from cloud_aggregator.tasks import Work, make_tasks
 from device_profiles.errors import InputError
 from messaging import topics
+from messaging.key_files import RunKeys
 from messaging.layout import Vector
 from messaging.protocol import Outcome, Report
-from messaging.transport import Network
+from messaging.security import CloudSeal
+from messaging.transport import Network, is_connected
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +64,9 @@ class Aggregator:
         notify: Told of everything that happens (event, fields), for progress and metrics.
         memory: Returns the bytes that the run holds now, for the record's peak.
         clock: Monotonic seconds.
+        keys: The run's; with them every message is sealed.
+        epoch: How often this run's aggregator has started, this time included.
+        door: How much may come in.
     """
 
     def __init__(
@@ -71,6 +79,9 @@ class Aggregator:
         notify: Callable[..., None],
         memory: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
+        keys: RunKeys | None = None,
+        epoch: int = 0,
+        door: DoorLimits | None = None,
     ) -> None:
         self.settings = settings
         self.record = record
@@ -91,24 +102,45 @@ class Aggregator:
             tick=self._tick,
             clock=clock,
         )
+        self._door = Door(door or DoorLimits(), self._inbox.put, clock)
         self._transport = network.open(
             client_id=f"pwff-{settings.run}-aggregator",
             filters=topics.everything_up(settings.run),
-            deliver=self._inbox.put,
+            deliver=self._door.deliver,
             connected=lambda: self._inbox.put("", b""),
         )
+        session = secrets.token_hex(8)
+        seal = None
+        if keys is not None:
+            seal = CloudSeal(settings.run, keys.master, keys.signing_key, session, epoch)
         self._desk = Desk(
             self._course,
             self._registry,
             self._transport,
-            session=secrets.token_hex(8),
-            epoch=0,
+            session=session,
+            epoch=epoch,
             notify=notify,
             clock=clock,
+            seal=seal,
         )
 
     def _received(self, topic: str, payload: bytes) -> None:
+        self._door.taken(payload)
         self._desk.received(topic, payload)
+
+    def vitals(self) -> Vitals:
+        """Return what the run is asked for its health."""
+        return Vitals(
+            ticked_at=lambda: self._inbox.ticked_at,
+            connected=lambda: is_connected(self._transport),
+            store_open=self._folder.is_writable,
+            finished=lambda: self.record.status != "running",
+            clock=self._clock,
+        )
+
+    def watch(self, metrics: Metrics) -> None:
+        """Let metrics ask for the lengths of what waits."""
+        metrics.watch_queue("inbox_bytes", lambda: self._door.waiting_bytes)
 
     def stop(self) -> None:
         """Make ``run`` leave in good order; callable from any thread or signal handler."""
@@ -183,6 +215,9 @@ class Aggregator:
 
     def _tick(self, now: float) -> None:
         self._peak_memory = max(self._peak_memory, self._memory())
+        for refusal in self._door.refusals():
+            self._desk.refused_at_door(*refusal)
+        self._desk.tell_refusals()
         if self._desk.intake is not None:
             self._desk.intake.expire(now)
 

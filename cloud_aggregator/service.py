@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +12,10 @@ from typing import Annotated, Any
 import psutil
 from pydantic import Field
 
+from cloud_aggregator.door import DoorLimits
+from cloud_aggregator.health import monitor, parse_address
 from cloud_aggregator.methods import METHODS, ModuleShape, find_method, stage_layout
+from cloud_aggregator.metrics import CountedNetwork, Metrics
 from cloud_aggregator.records import DataRecord, ModelRecord, PricedRecord, RunRecord
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder, read_record
@@ -22,12 +27,16 @@ from device_profiles.errors import InputError
 from device_profiles.modules import PLACEMENTS, lora_rank
 from device_profiles.pricing import CostBasis
 from device_profiles.stages import parse_stages
+from messaging.access import BrokerAccess
 from messaging.chunks import CHUNK_BYTES
+from messaging.key_files import run_keys
 from messaging.layout import Layout, joint_sha256
 from messaging.mqtt import MqttNetwork
 from messaging.protocol import AlignmentSettings, Codec, Identifier, Stage
 from messaging.transfer import UploadLimits
 from quantization.identity import BaseIdentity, binding, identify
+
+log = logging.getLogger(__name__)
 
 
 class RewardSection(Config):
@@ -56,6 +65,43 @@ class AlignmentSection(Config):
     settings: AlignmentSettings = AlignmentSettings()
 
 
+class SecuritySection(BrokerAccess):
+    """Who may take part, and how the broker is reached: also see ``messaging.access``.
+
+    Attributes:
+        keys: The run's key file, of its owner alone (``pwff certs`` makes one). With it, or with
+            the keys in the environment, every message is sealed and nobody without a key takes
+            part.
+    """
+
+    keys: Path | None = None
+
+
+class LimitsSection(Config):
+    """What may come in of one client and of all: see ``cloud_aggregator.door``.
+
+    Attributes:
+        messages_per_second: Of one client, chunks included; four seconds' worth may come at once.
+        bytes_per_second: Of one client; a second's worth may come at once.
+        waiting_bytes: That lie here unread at once, of all clients.
+    """
+
+    messages_per_second: Annotated[float, Field(ge=1, le=1e6)] = 5000.0
+    bytes_per_second: Annotated[float, Field(ge=2**18, le=1e12)] = 2.0**29
+    waiting_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 2**28
+
+    @property
+    def door(self) -> DoorLimits:
+        """The same for the door."""
+        return DoorLimits(
+            messages_per_second=self.messages_per_second,
+            burst_messages=4 * self.messages_per_second,
+            bytes_per_second=self.bytes_per_second,
+            burst_bytes=self.bytes_per_second,
+            waiting_bytes=self.waiting_bytes,
+        )
+
+
 class Service(Config):
     """One deployed run.
 
@@ -72,6 +118,8 @@ class Service(Config):
         evaluation_seconds: How long it waits for held-out results.
         grants: Uploads that may send at once.
         window: Chunks of one upload in flight; grants * window stays below the broker's queue.
+        monitor: ``HOST:PORT`` that /metrics, /healthz and /readyz are answered at; by default at
+            none.
     """
 
     run: Identifier
@@ -101,6 +149,9 @@ class Service(Config):
     patience: Annotated[int, Field(ge=0)] = 5
     grants: Annotated[int, Field(ge=1, le=1024)] = 16
     window: Annotated[int, Field(ge=1, le=1024)] = 8
+    monitor: str | None = None
+    security: SecuritySection = SecuritySection()
+    limits: LimitsSection = LimitsSection()
     reward: RewardSection = RewardSection()
     alignment: AlignmentSection = AlignmentSection()
 
@@ -123,6 +174,8 @@ def load_service(path: Path) -> Service:
     if "alignment" in parse_stages(service.stages, find_method(service.method)):
         check_room(service.alignment.settings, service.max_length, str(path))
     choose("LoRA placement", service.placement, PLACEMENTS)
+    if service.monitor is not None:
+        parse_address(service.monitor)
     if service.minimum_clients > service.clients:
         raise InputError(
             f"{path}: minimum_clients = {service.minimum_clients} is above clients = "
@@ -143,9 +196,18 @@ def serve(
 
     Raises:
         InputError: If base, folder or broker address are not usable.
+        SecretError: If a key, certificate or password is not usable.
         SpoolFullError: If the spool's disk is full.
     """
-    network = MqttNetwork(service.broker)
+    keys = run_keys(service.security.keys, service.run)
+    network = MqttNetwork(service.broker, service.security)
+    if keys is None and not network.address.is_local:
+        log.warning(
+            "this run has no keys: whoever may publish at %s can speak for its devices; "
+            "make keys with `pwff certs` and give security.keys",
+            network.address,
+        )
+    metrics = Metrics(service.run, service.method)
     identity = identify(service.model)
     folder = RunFolder(service.out)
     record = _record(service, identity, folder)
@@ -175,6 +237,7 @@ def serve(
 
     def tell(event: str, **fields: Any) -> None:
         folder.append_event(event, **fields)
+        metrics(event, **fields)
         notify(event, **fields)
 
     server = Aggregator(
@@ -198,12 +261,19 @@ def serve(
         ),
         record,
         folder,
-        network,
+        CountedNetwork(network, metrics),
         notify=tell,
         memory=lambda: psutil.Process().memory_info().rss,
+        keys=keys,
+        epoch=folder.count_start(),
+        door=service.limits.door,
     )
-    on_start(server)
-    return server.run()
+    server.watch(metrics)
+    with contextlib.ExitStack() as stack:
+        if service.monitor is not None:
+            stack.enter_context(monitor(service.monitor, server.vitals(), metrics.page))
+        on_start(server)
+        return server.run()
 
 
 def _stage_plan(service: Service, stage: Stage, layout: Layout) -> StagePlan:

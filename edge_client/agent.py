@@ -17,7 +17,7 @@ from edge_client.ledger import Ledger
 from edge_client.local_client import Result, Setup
 from edge_client.outbox import Outbox, task_key
 from edge_client.stage_work import GlobalStates
-from messaging import chunks, security, topics
+from messaging import chunks, protocol, security, topics
 from messaging.chunks import chunk_count, make_chunk, parse_chunk, wire_bytes
 from messaging.codecs import decode_blob, max_blob_bytes
 from messaging.errors import ProtocolError
@@ -47,7 +47,7 @@ from messaging.transfer import SILENCE_SECONDS, Download, Upload
 log = logging.getLogger(__name__)
 
 _DOWN_WINDOW = 8
-FATAL_REJECTS = frozenset({"base", "layout"})  # the same device will be refused again
+FATAL_REJECTS = frozenset({"base", "layout", "version"})  # the same device will be refused again
 
 Publish = Callable[[str, bytes, bool], None]
 
@@ -181,6 +181,8 @@ class Agent:
                 self._take(decode(self._opened(payload, topic)), now)
         except ProtocolError as err:
             log.warning("%s: refused a message (%s): %s", self.id, err.code, err.reason)
+            if err.code == "version" and topic == topics.manifest(self.run):
+                self._fail(err.reason)  # no other message of that aggregator will be understood
 
     def _opened(self, packet: bytes, topic: str) -> bytes:
         seal = self._seal
@@ -218,7 +220,12 @@ class Agent:
                 log.info("%s: update came late and is left out", self.id)
 
     def _check_manifest(self, manifest: Manifest, now: float) -> None:
-        if manifest.binding != self._binding:
+        if manifest.oldest > protocol.SCHEMA:
+            self._fail(
+                f"the run's aggregator understands protocol {manifest.oldest} and newer, and this "
+                f"device speaks {protocol.SCHEMA}; update pwff on this device"
+            )
+        elif manifest.binding != self._binding:
             self._fail(
                 "the run is built on another base, tokenizer or LoRA placement than this device; "
                 "give this device the run's model and placement"

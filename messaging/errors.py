@@ -42,3 +42,9 @@ class AddressError(ValueError):
     """A broker address that a person must correct."""
 
     exit_code = 2
+
+
+class SecretError(ValueError):
+    """A key, certificate or password that a person must correct; the sentence shows none of it."""
+
+    exit_code = 2

@@ -96,6 +96,8 @@ class Door:
 
     def deliver(self, topic: str, payload: bytes) -> None:
         """Let what arrived in, or count it as refused; called by the transport, never waits."""
+        if not payload:  # a retained message was taken back
+            return
         client = topics.client_of(topic)
         with self._lock:
             try:

@@ -215,11 +215,14 @@ class Aggregator:
 
     def _tick(self, now: float) -> None:
         self._peak_memory = max(self._peak_memory, self._memory())
+        self._tell_refusals()
+        if self._desk.intake is not None:
+            self._desk.intake.expire(now)
+
+    def _tell_refusals(self) -> None:
         for refusal in self._door.refusals():
             self._desk.refused_at_door(*refusal)
         self._desk.tell_refusals()
-        if self._desk.intake is not None:
-            self._desk.intake.expire(now)
 
     # -- phases ----------------------------------------------------------------------------------
 
@@ -282,6 +285,7 @@ class Aggregator:
             intake.clear()
             reports = self._take_back(number, vector)
         self._list_clients()
+        self._tell_refusals()
         record = round_record(
             self.record.clients,
             intake,

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 from messaging.broker_rules import AGGREGATOR, access_rules, mosquitto_config
@@ -72,9 +73,16 @@ class Credentials:
             SecretError: If a file is not usable.
         """
         place = self._folder / BROKER
-        self._certify(
-            place, BROKER, lambda: make_server(self._authority, BROKER, hosts, self._days)
-        )
+        path = place / f"{BROKER}.pem"
+        before = server_names(path.read_bytes()) if path.exists() else ["localhost", "127.0.0.1"]
+        names = list(hosts) or before
+        if path.exists() and names != before and BROKER not in self._renew:
+            raise SecretError(
+                f"{path} is for {', '.join(before)}, and {', '.join(names)} is asked for; "
+                f"give --renew {BROKER} to make it anew, or leave --host out"
+            )
+        make = partial(make_server, self._authority, BROKER, names, self._days)
+        self._certify(place, BROKER, make)
         self._write(place / "acl", access_rules().encode())
         self._write(place / "mosquitto.conf", mosquitto_config(port, installed, data).encode())
 
@@ -85,9 +93,8 @@ class Credentials:
             SecretError: If a file is not usable.
         """
         place = self._folder / AGGREGATOR
-        self._certify(
-            place, AGGREGATOR, lambda: make_client(self._authority, AGGREGATOR, self._days)
-        )
+        make = partial(make_client, self._authority, AGGREGATOR, self._days)
+        self._certify(place, AGGREGATOR, make)
         if run is None:
             return None
         path = place / f"{run}.keys.toml"
@@ -101,7 +108,7 @@ class Credentials:
             SecretError: If a file is not usable, or the device's key is not of these run keys.
         """
         place = self._folder / "clients" / name
-        self._certify(place, name, lambda: make_client(self._authority, name, self._days))
+        self._certify(place, name, partial(make_client, self._authority, name, self._days))
         if keys is None:
             return
         path, mine = place / f"{keys.run}.key.toml", keys.device(name)

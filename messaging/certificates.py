@@ -91,7 +91,10 @@ def server_names(certificate: bytes) -> list[str]:
     Raises:
         SecretError: If it is none.
     """
-    found = _load(certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    try:
+        found = _load(certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except x509.ExtensionNotFound:
+        return []
     return [str(name.value) for name in found.value]
 
 

@@ -20,7 +20,7 @@ from cloud_aggregator.tasks import make_manifest, stop_task
 from device_profiles import logs
 from messaging import chunks, security, topics
 from messaging.chunks import parse_chunk
-from messaging.errors import ProtocolError
+from messaging.errors import OtherVersionError, ProtocolError
 from messaging.protocol import (
     Hello,
     Message,
@@ -175,7 +175,7 @@ class Desk:
         self._telling.take(1)
         log.info("refused from '%s' (%s): %s", client, err.code, err.reason)
         self._notify("refused", client=client, code=err.code, reason=err.reason)
-        if err.code == "version":
+        if isinstance(err, OtherVersionError):
             self._reject(client, err)
 
     def refused_at_door(self, client: str, code: str, number: int) -> None:

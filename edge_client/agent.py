@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from typing import Literal, Protocol
 
@@ -20,7 +21,7 @@ from edge_client.stage_work import GlobalStates
 from messaging import chunks, protocol, security, topics
 from messaging.chunks import chunk_count, make_chunk, parse_chunk, wire_bytes
 from messaging.codecs import decode_blob, max_blob_bytes
-from messaging.errors import ProtocolError
+from messaging.errors import OtherVersionError, ProtocolError
 from messaging.layout import Layout, Vector
 from messaging.protocol import (
     Alive,
@@ -76,6 +77,9 @@ class Agent:
             trains the round again.
         heartbeat_seconds: Between two ALIVE; none says nothing in between.
         spread: Told over how many seconds devices return after a break.
+
+    Attributes:
+        refused: Messages and chunks that were refused, by code.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class Agent:
         self.session = secrets.token_hex(8) if seal is None else seal.session
         self.finished = False
         self.failure: str | None = None
+        self.refused: Counter[str] = Counter()
         self._binding = binding
         self._seen_aggregator = ""
         self._publish = publish
@@ -180,8 +185,9 @@ class Agent:
             else:
                 self._take(decode(self._opened(payload, topic)), now)
         except ProtocolError as err:
+            self.refused[err.code] += 1
             log.warning("%s: refused a message (%s): %s", self.id, err.code, err.reason)
-            if err.code == "version" and topic == topics.manifest(self.run):
+            if isinstance(err, OtherVersionError):
                 self._fail(err.reason)  # no other message of that aggregator will be understood
 
     def _opened(self, packet: bytes, topic: str) -> bytes:

@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -250,3 +251,8 @@ class Host:
     def failures(self) -> list[str]:
         """What made agents give up, one sentence each."""
         return [f"{s.agent.id}: {s.agent.failure}" for s in self._seats if s.agent.failure]
+
+    @property
+    def refused(self) -> Counter[str]:
+        """Messages and chunks that agents refused, by code."""
+        return sum((s.agent.refused for s in self._seats), Counter())

@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from messaging.chunks import MAX_CHUNKS, chunk_count
-from messaging.errors import ProtocolError
+from messaging.errors import OtherVersionError, ProtocolError
 
 SCHEMA: Final = 1  # what this side speaks
 OLDEST: Final = 1  # the oldest that it still understands
@@ -434,7 +434,8 @@ def decode(payload: bytes) -> Message:
     """Return the message that ``payload`` holds, every field within its bounds.
 
     Raises:
-        ProtocolError: With code ``size``, ``version``, or ``schema`` and the first wrong field.
+        ProtocolError: With code ``size``, or ``schema`` and the first field that is wrong.
+        OtherVersionError: If it is older than what is understood here.
     """
     if len(payload) > MAX_MESSAGE_BYTES:
         raise ProtocolError(
@@ -445,8 +446,7 @@ def decode(payload: bytes) -> Message:
     except ValidationError as err:
         message = _of_a_newer_side(payload, err)
     if message.schema_ < OLDEST:
-        raise ProtocolError(
-            "version",
+        raise OtherVersionError(
             f"a message of protocol {message.schema_}, and this side understands {OLDEST} to "
             f"{SCHEMA}; update pwff on the other side",
         )

@@ -12,6 +12,7 @@ Source: RFC 8446 and RFC 5246 (TLS 1.3 and 1.2), RFC 6125 (the server's name).
 from __future__ import annotations
 
 import contextlib
+import socket
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,22 +108,27 @@ class FreshContext(ssl.SSLContext):
     def __init__(self, files: TlsFiles, trouble: Callable[[str], None]) -> None:
         self._files, self._trouble = files, trouble
 
-    def wrap_socket(self, *args: Any, **options: Any) -> ssl.SSLSocket:
-        """Return the socket, its peer verified.
+    def wrap_socket(self, sock: socket.socket, **options: Any) -> ssl.SSLSocket:  # type: ignore[override]
+        """Return the socket, its peer verified; where that fails, it is closed.
 
         Raises:
             OSError: If a file is not usable, or the peer is not whom it should be.
         """
+        open_socket = sock
         try:
-            wrapped = self._files.context().wrap_socket(*args, **options)
+            open_socket = wrapped = self._files.context().wrap_socket(sock, **options)
             wrapped.do_handshake()
-        except SecretError as err:
-            self._trouble(str(err))
-            raise OSError(str(err)) from err
-        except ssl.SSLCertVerificationError as err:
-            self._trouble(f"its certificate is not trusted: {err.verify_message}")
-            raise
-        except ssl.SSLError as err:
-            self._trouble(f"no TLS connection: {err.reason or err}")
-            raise
+        except (SecretError, OSError) as err:
+            open_socket.close()
+            reason = _reason(err)
+            self._trouble(reason)
+            raise OSError(reason) from err
         return wrapped
+
+
+def _reason(err: Exception) -> str:
+    if isinstance(err, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {err.verify_message}"
+    if isinstance(err, ssl.SSLError):
+        return f"no TLS connection: {err.reason or err}"
+    return str(err)

@@ -94,6 +94,7 @@ class Desk:
         self._most_devices = most_devices
         self._telling = Bucket(_TOLD_PER_SECOND, _TOLD_AT_ONCE, clock())
         self._untold: Counter[str] = Counter()
+        self._must_repeat = False
 
     # -- down ------------------------------------------------------------------------------------
 
@@ -169,6 +170,8 @@ class Desk:
 
     def _refuse(self, client: str, err: ProtocolError) -> None:
         self.refused[err.code] += 1
+        # A device with its key, at another session: it has seen an older manifest than the newest.
+        self._must_repeat |= err.code == "stale"
         if not self._telling.holds(1, self._clock()):
             self._untold[err.code] += 1
             return
@@ -185,7 +188,14 @@ class Desk:
         self._tell_together(client, code, number)
 
     def tell_refusals(self) -> None:
-        """Tell together what was refused too fast to be told one by one; called now and then."""
+        """Tell together what was refused too fast to be told one by one; called now and then.
+
+        Where devices speak to an earlier session, the manifest that names this one is said again:
+        somebody may have put an older one in its place.
+        """
+        if self._must_repeat:
+            self._must_repeat = False
+            self.publish_manifest()
         untold, self._untold = self._untold, Counter()
         for code, number in sorted(untold.items()):
             log.warning("refused besides (%s): %d", code, number)

@@ -191,6 +191,7 @@ class Aggregator:
     def _leave(self) -> None:
         if self._desk.intake is not None:
             self._desk.intake.close()
+        self._tell_refusals()
         try:
             self._notify("end", status=self.record.status, reason=self.record.stop_reason)
         finally:

@@ -399,8 +399,7 @@ def test_a_device_that_floods_is_cut_off_and_nobody_else_waits(site: Site) -> No
         run.insider.say(topics.control(RUN, "c"), b"{")
     site.refused("rate", client="c")
     run.end()
-    assert site.rejects("mac") + site.rejects("rate") == 200
-    assert site.rejects("rate") >= 100
+    assert 50 <= site.rejects("mac") < 100
 
 
 def test_what_is_refused_is_told_with_no_secret_in_it(

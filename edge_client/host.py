@@ -208,6 +208,7 @@ class Host:
             BaseException: Whatever a client's work raised.
         """
         next_tick = self._clock() + _TICK_SECONDS
+        self._show_alive()
         try:
             for seat in self._seats:
                 seat.transport.start()

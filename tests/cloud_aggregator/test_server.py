@@ -636,6 +636,7 @@ def test_a_full_disk_ends_the_run_in_words_and_it_goes_on_once_there_is_room(
     kept = read_record(stage.path)
     assert (kept.status, kept.stop_reason) == ("failed", str(told.value))
     assert len(kept.rounds) == 1
+    (RunFolder(stage.path).spool_path / "2" / "b.part").unlink()  # there is room again
     stage.aggregator(record=kept).run()
     assert comparable(stage.path) == undisturbed
 

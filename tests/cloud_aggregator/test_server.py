@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from cloud_aggregator.errors import RunFailedError
 from cloud_aggregator.methods import METHODS, stage_layout
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder, read_record
-from cloud_aggregator.server import RunFailedError
 from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.spool import SpoolFullError
 from device_profiles.errors import InputError

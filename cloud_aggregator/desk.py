@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from cloud_aggregator.course import Course
 from cloud_aggregator.door import Bucket
 from cloud_aggregator.intake import Intake
+from cloud_aggregator.reconnects import Reconnects
 from cloud_aggregator.registry import Registry
 from cloud_aggregator.tasks import make_manifest, stop_task
 from device_profiles import logs
@@ -22,6 +23,7 @@ from messaging import chunks, security, topics
 from messaging.chunks import parse_chunk
 from messaging.errors import OtherVersionError, ProtocolError
 from messaging.protocol import (
+    Alive,
     Hello,
     Message,
     Offer,
@@ -95,6 +97,7 @@ class Desk:
         self._telling = Bucket(_TOLD_PER_SECOND, _TOLD_AT_ONCE, clock())
         self._untold: Counter[str] = Counter()
         self._must_repeat = False
+        self._reconnects = Reconnects(len(registry.devices))
 
     # -- down ------------------------------------------------------------------------------------
 
@@ -115,6 +118,12 @@ class Desk:
         for client, task in self.tasks.items():
             self.send(client, task)
 
+    def assign_more(self, tasks: Mapping[str, Task]) -> None:
+        """Give some devices something to do besides what the others are doing."""
+        self.tasks |= tasks
+        for client, task in tasks.items():
+            self.send(client, task)
+
     def publish_manifest(self) -> None:
         """Tell everybody, those that come later too, what the newest state is."""
         manifest = make_manifest(
@@ -122,6 +131,7 @@ class Desk:
             session=self._session,
             epoch=self._epoch,
             finished=self._finished is not None,
+            reconnect_seconds=self._reconnects.seconds,
         )
         packet = encode(manifest)
         if self._seal is not None:
@@ -144,6 +154,7 @@ class Desk:
     def received(self, topic: str, payload: bytes) -> None:
         """Take what arrived; whatever is wrong with it is counted and told."""
         if not topic:  # connected, perhaps again
+            self._registry.reconnected()
             self.publish_manifest()
             return
         if not payload:  # a retained message was taken back
@@ -216,6 +227,7 @@ class Desk:
         if self.intake is None:
             raise ProtocolError("grant", "chunk while no round is open")
         self.intake.data(client, parse_chunk(self._run, payload), self._clock())
+        self._registry.heard(client)
 
     def _take(self, client: str, message: Message) -> None:
         if message.run != self._run or getattr(message, "client", None) != client:
@@ -223,15 +235,16 @@ class Desk:
         if isinstance(message, Hello):
             self._greeted(message)
             return
-        if not isinstance(message, Offer | Want | Report):
+        if not isinstance(message, Alive | Offer | Want | Report):
             raise ProtocolError("schema", f"{message.kind} is not for the aggregator")
         self._registry.check_session(client, message.session)
+        self._registry.heard(client)
         if isinstance(message, Want):
             down = topics.down(self._run, client)
             self._course.shelf.answer(message, lambda packet: self._transport.publish(down, packet))
         elif isinstance(message, Offer):
             self._offered(message)
-        else:
+        elif isinstance(message, Report):
             self._reported(message)
 
     def _greeted(self, hello: Hello) -> None:
@@ -244,6 +257,8 @@ class Desk:
             self._reject(hello.client, err)
             raise
         device = self._registry.devices.get(hello.client)
+        if there and self._reconnects.greeted(self._clock(), len(self._registry.devices)):
+            self.publish_manifest()
         self._notify(
             "hello",
             client=hello.client,

@@ -143,6 +143,8 @@ class Metrics:
             self._move(client, "gone")
             self._granted.pop(client, None)
 
+    _on_silent = _on_gone
+
     def _on_task(self, work: str, round: int, clients: Iterable[str], **_fields: Any) -> None:
         self._round.set(round)
         affected = self._asked | self._uploaded

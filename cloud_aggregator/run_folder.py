@@ -98,6 +98,11 @@ class RunFolder:
         """Where updates wait for the end of their round."""
         return self.path / "spool"
 
+    @property
+    def stale_path(self) -> Path:
+        """Where late updates wait for a later round."""
+        return self.path / "stale"
+
     def write_record(self, record: RunRecord) -> None:
         """Write ``run.json``."""
         text = record.model_dump_json(by_alias=True, indent=1)
@@ -118,24 +123,6 @@ class RunFolder:
     def is_writable(self) -> bool:
         """Return whether the run's state can be written, as far as can be told without writing."""
         return os.access(self.path, os.W_OK | os.X_OK)
-
-    def count_start(self) -> int:
-        """Return the number of this start of the run's aggregator, 1 for the first.
-
-        Raises:
-            DiskFullError: If there is no room.
-            InputError: If the folder cannot be written, or the count is damaged.
-        """
-        path = self.path / "starts"
-        try:
-            last = int(path.read_text()) if path.exists() else 0
-        except (OSError, ValueError) as err:
-            raise InputError(
-                f"{path} is damaged: write into it a number that is not below that of this run's "
-                "starts; devices refuse an aggregator that counts lower"
-            ) from err
-        write_atomically(path, b"%d\n" % (last + 1))
-        return last + 1
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write ``config.toml``: what makes the run repeatable, and on what it ran."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Annotated, Any
 import psutil
 from pydantic import Field
 
+from cloud_aggregator.cohort import CohortRule
+from cloud_aggregator.counting import CountingKeys, check_counting
+from cloud_aggregator.database import shown
 from cloud_aggregator.door import DoorLimits
 from cloud_aggregator.health import monitor, parse_address
 from cloud_aggregator.methods import METHODS, ModuleShape, find_method, stage_layout
@@ -22,6 +26,7 @@ from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.server import Aggregator
 from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.stages import StagePlan, check_room
+from cloud_aggregator.store import Store
 from device_profiles.config_files import Config, choose, load
 from device_profiles.errors import InputError
 from device_profiles.modules import PLACEMENTS, lora_rank
@@ -37,6 +42,11 @@ from messaging.transfer import UploadLimits
 from quantization.identity import BaseIdentity, binding, identify
 
 log = logging.getLogger(__name__)
+
+#: Of the environment: the address of the run's store, in place of the configuration's.
+STORE_VARIABLE = "PWFF_STORE"
+
+_SILENT_BEATS = 3
 
 
 class RewardSection(Config):
@@ -102,7 +112,7 @@ class LimitsSection(Config):
         )
 
 
-class Service(Config):
+class Service(CountingKeys):
     """One deployed run.
 
     Attributes:
@@ -114,8 +124,18 @@ class Service(Config):
         rounds: At most, of instruction tuning; and so ``local_steps``, ``batch_size`` and
             ``learning_rate``. The other stages have a section each: see
             ``RewardSection`` and ``AlignmentSection``.
-        deadline_seconds: Of a training round, on this machine's clock.
+        cohort: Devices whose updates a round wants, drawn each alike among those that are there; by
+            default every one that is there. ``aggregation`` and what goes with it is described in
+            ``cloud_aggregator.counting.CountingKeys``.
+        quorum: Share of them whose updates end a round.
+        deadline_seconds: Of a training round, on this machine's clock; after a restart, anew.
+        replacements: Whether another device is asked in the place of one that vanished, while
+            there is time.
+        heartbeat_seconds: The devices'; after three of them without a word, one is taken for gone.
         evaluation_seconds: How long it waits for held-out results.
+        store: Where the run's state is: ``sqlite:///FILE`` or
+            ``postgresql+psycopg://USER@HOST/DATABASE``; by default ``state.sqlite`` in ``out``. An
+            address with a password is better given in the environment, as ``PWFF_STORE``.
         grants: Uploads that may send at once.
         window: Chunks of one upload in flight; grants * window stays below the broker's queue.
         monitor: ``HOST:PORT`` that /metrics, /healthz and /readyz are answered at; by default at
@@ -142,8 +162,11 @@ class Service(Config):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     codec: Codec = "fp32"
     chunk_bytes: Annotated[int, Field(ge=1024, le=262_144)] = CHUNK_BYTES
+    cohort: Annotated[int, Field(ge=1, le=100_000)] | None = None
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.8
     deadline_seconds: Annotated[float, Field(gt=0, le=1e6)] = 3600.0
+    replacements: bool = True
+    heartbeat_seconds: Annotated[float, Field(ge=1, le=3600)] = 30.0
     evaluation_seconds: Annotated[float, Field(gt=0, le=1e6)] = 600.0
     epsilon: Annotated[float, Field(ge=0)] = 0.001
     patience: Annotated[int, Field(ge=0)] = 5
@@ -152,8 +175,24 @@ class Service(Config):
     monitor: str | None = None
     security: SecuritySection = SecuritySection()
     limits: LimitsSection = LimitsSection()
+    store: Annotated[str | None, Field(repr=False)] = None
     reward: RewardSection = RewardSection()
     alignment: AlignmentSection = AlignmentSection()
+
+    @property
+    def rules(self) -> RoundRules:
+        """When a training round ends."""
+        return RoundRules(
+            quorum=self.quorum,
+            deadline_seconds=self.deadline_seconds,
+            over_selection=self.over_selection,
+            replacements=self.replacements,
+        )
+
+    @property
+    def wanted(self) -> int:
+        """Clients that a round is to have."""
+        return self.cohort or self.clients
 
     @property
     def total_rounds(self) -> int:
@@ -181,6 +220,19 @@ def load_service(path: Path) -> Service:
             f"{path}: minimum_clients = {service.minimum_clients} is above clients = "
             f"{service.clients}; give at most that"
         )
+    if service.cohort is not None and service.cohort > service.clients:
+        raise InputError(
+            f"{path}: cohort = {service.cohort} is above clients = {service.clients}; give at most "
+            "that"
+        )
+    check_counting(
+        service,
+        service.rules,
+        method=service.method,
+        stages=parse_stages(service.stages, find_method(service.method)),
+        wanted=service.wanted,
+        has_cohort=service.cohort is not None,
+    )
     return service
 
 
@@ -195,9 +247,11 @@ def serve(
     A missing broker is tried again and again, with back-off.
 
     Raises:
-        InputError: If base, folder or broker address are not usable.
+        InputError: If base, folder, store or broker address are not usable, or another aggregator
+            is at work on the run.
         SecretError: If a key, certificate or password is not usable.
         SpoolFullError: If the spool's disk is full.
+        StoreError: If the run's store cannot be read or written.
     """
     keys = run_keys(service.security.keys, service.run)
     network = MqttNetwork(service.broker, service.security)
@@ -208,9 +262,48 @@ def serve(
             network.address,
         )
     metrics = Metrics(service.run, service.method)
+    url = store_url(service)
     identity = identify(service.model)
     folder = RunFolder(service.out)
     record = _record(service, identity, folder)
+    settings = _settings(service, identity)
+
+    def tell(event: str, **fields: Any) -> None:
+        folder.append_event(event, **fields)
+        metrics(event, **fields)
+        notify(event, **fields)
+
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(Store(folder.path, service.run, url))
+        log.info("the run's state is in %s (start %d)", store.name, store.epoch)
+        folder.write_config(_config(service, identity, settings, network, url))
+        server = Aggregator(
+            settings,
+            record,
+            folder,
+            CountedNetwork(network, metrics),
+            store=store,
+            notify=tell,
+            memory=lambda: psutil.Process().memory_info().rss,
+            keys=keys,
+            door=service.limits.door,
+        )
+        server.watch(metrics)
+        if service.monitor is not None:
+            stack.enter_context(monitor(service.monitor, server.vitals(), metrics.page))
+        on_start(server)
+        return server.run()
+
+
+def store_url(service: Service) -> str | None:
+    """Return the address of the run's store; none is a file in the run's folder.
+
+    The environment wins over the file: an address may hold a password.
+    """
+    return os.environ.get(STORE_VARIABLE) or service.store
+
+
+def _settings(service: Service, identity: BaseIdentity) -> RunSettings:
     modules = ModuleShape(
         base=identity.shape,
         adapter_size=service.adapter_size,
@@ -218,62 +311,60 @@ def serve(
         lora_rank=lora_rank(identity.shape, service.lora_rank)[0],
     )
     method = find_method(service.method)
-    stages = parse_stages(service.stages, method)
-    layouts = {stage: stage_layout(stage, method, modules) for stage in stages}
-    bound = binding(identity, service.placement)
-    config = service.model_dump(mode="json", exclude_none=True)
-    config["broker"] = str(network.address)  # without its secrets
-    folder.write_config(
-        {
-            "service": config,
-            "hashes": {
-                "base": identity.sha256,
-                "tokenizer": identity.tokenizer_sha256,
-                "binding": bound,
-                "layout": joint_sha256(layouts.values()),
-            },
-        }
-    )
-
-    def tell(event: str, **fields: Any) -> None:
-        folder.append_event(event, **fields)
-        metrics(event, **fields)
-        notify(event, **fields)
-
-    server = Aggregator(
-        RunSettings(
-            run=service.run,
-            method=service.method,
-            seed=service.seed,
-            modules=modules,
-            stages=tuple(_stage_plan(service, stage, layout) for stage, layout in layouts.items()),
-            binding=bound,
-            clients=service.clients,
-            minimum_clients=service.minimum_clients,
-            gather_seconds=service.gather_seconds,
-            codec=service.codec,
-            max_length=service.max_length,
-            chunk_bytes=service.chunk_bytes,
-            rules=RoundRules(quorum=service.quorum, deadline_seconds=service.deadline_seconds),
-            virtual_time=False,
-            patience_seconds=service.evaluation_seconds,
-            limits=UploadLimits(grants=service.grants, window=service.window),
+    return RunSettings(
+        run=service.run,
+        method=service.method,
+        seed=service.seed,
+        modules=modules,
+        stages=tuple(
+            _stage_plan(service, stage, stage_layout(stage, method, modules))
+            for stage in parse_stages(service.stages, method)
         ),
-        record,
-        folder,
-        CountedNetwork(network, metrics),
-        notify=tell,
-        memory=lambda: psutil.Process().memory_info().rss,
-        keys=keys,
-        epoch=folder.count_start(),
-        door=service.limits.door,
+        binding=binding(identity, service.placement),
+        clients=service.clients,
+        minimum_clients=service.minimum_clients,
+        gather_seconds=service.gather_seconds,
+        codec=service.codec,
+        max_length=service.max_length,
+        chunk_bytes=service.chunk_bytes,
+        rules=service.rules,
+        counting=service.counting(service.rules, service.wanted),
+        keep_states=service.keep_states,
+        cohort=_cohort(service),
+        silence_seconds=_SILENT_BEATS * service.heartbeat_seconds,
+        virtual_time=False,
+        patience_seconds=service.evaluation_seconds,
+        limits=UploadLimits(grants=service.grants, window=service.window),
     )
-    server.watch(metrics)
-    with contextlib.ExitStack() as stack:
-        if service.monitor is not None:
-            stack.enter_context(monitor(service.monitor, server.vitals(), metrics.page))
-        on_start(server)
-        return server.run()
+
+
+def _cohort(service: Service) -> CohortRule | None:
+    if service.cohort is None:
+        return None
+    return CohortRule(size=service.cohort, selection="uniform", seed=service.seed)
+
+
+def _config(
+    service: Service,
+    identity: BaseIdentity,
+    settings: RunSettings,
+    network: MqttNetwork,
+    url: str | None,
+) -> dict[str, Any]:
+    """Return what ``config.toml`` holds of the run itself, without secrets."""
+    config = service.model_dump(mode="json", exclude_none=True)
+    config["broker"] = str(network.address)
+    if url is not None:
+        config["store"] = shown(url)
+    return {
+        "service": config,
+        "hashes": {
+            "base": identity.sha256,
+            "tokenizer": identity.tokenizer_sha256,
+            "binding": settings.binding,
+            "layout": joint_sha256(plan.layout for plan in settings.stages),
+        },
+    }
 
 
 def _stage_plan(service: Service, stage: Stage, layout: Layout) -> StagePlan:
@@ -306,6 +397,7 @@ def _record(service: Service, identity: BaseIdentity, folder: RunFolder) -> RunR
             "seed": (record.seed, service.seed),
             "method": (record.method, service.method),
             "codec": (record.codec, service.codec),
+            "aggregation": (record.aggregation, service.aggregation),
             "stages": (record.stages, parse_stages(service.stages, find_method(service.method))),
             "base": (record.model.sha256, identity.sha256),
             "tokenizer": (record.model.tokenizer_sha256, identity.tokenizer_sha256),
@@ -327,6 +419,7 @@ def _record(service: Service, identity: BaseIdentity, folder: RunFolder) -> RunR
         workers=0,
         transport="mqtt",
         codec=service.codec,
+        aggregation=service.aggregation,
         model=model_record(identity),
         data=DataRecord(source="the clients' own", examples=0),
     )

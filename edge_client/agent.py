@@ -48,7 +48,8 @@ from messaging.transfer import SILENCE_SECONDS, Download, Upload
 log = logging.getLogger(__name__)
 
 _DOWN_WINDOW = 8
-FATAL_REJECTS = frozenset({"base", "layout", "version"})  # the same device will be refused again
+# the same device will be refused again
+FATAL_REJECTS = frozenset({"base", "layout", "privacy", "version"})
 
 Publish = Callable[[str, bytes, bool], None]
 

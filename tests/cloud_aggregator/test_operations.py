@@ -14,7 +14,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cloud_aggregator.door import DoorLimits
 from cloud_aggregator.inbox import Inbox
-from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.server import Aggregator
 from cloud_aggregator.service import LimitsSection, Service, load_service, serve
 from device_profiles.errors import InputError
@@ -122,14 +121,6 @@ def test_what_is_refused_together_is_counted_as_so_many() -> None:
         if s.name == "pwff_rejects_total" and s.value
     }
     assert values == {"rate": 41.0, "other": 1.0}
-
-
-def test_every_start_of_an_aggregator_has_a_number_above_the_last(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    assert [folder.count_start() for _ in range(3)] == [1, 2, 3]
-    (tmp_path / "starts").write_text("three")
-    with pytest.raises(InputError, match="not below that of this run's starts"):
-        folder.count_start()
 
 
 def test_the_keys_of_another_run_or_open_to_others_are_refused(

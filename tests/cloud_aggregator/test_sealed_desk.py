@@ -108,7 +108,7 @@ def run(stage: Stage) -> tuple[Stage, Events]:
     events = Events()
     rules = RoundRules(quorum=1.0, deadline_seconds=1000.0)
     settings = settings_of(virtual_time=False, clients=1, minimum_clients=1, rounds=1, rules=rules)
-    server = stage.aggregator(settings, events=events, clock=Clock(), keys=KEYS, epoch=1)
+    server = stage.aggregator(settings, events=events, clock=Clock(), keys=KEYS)
     stage.start(server)
     return stage, events
 
@@ -181,7 +181,7 @@ def test_a_run_with_keys_hears_no_plain_message_and_one_without_no_sealed_one(
     for keys in (KEYS, None):
         events = Events()
         server = stage.aggregator(
-            settings_of(virtual_time=False, clients=1), events=events, keys=keys, epoch=1
+            settings_of(virtual_time=False, clients=1), events=events, keys=keys
         )
         thread = stage.start(server)
         puppet = SealedPuppet(stage, "a")

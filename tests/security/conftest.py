@@ -30,6 +30,7 @@ from cloud_aggregator.metrics import CountedNetwork, Metrics
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.server import Aggregator
+from cloud_aggregator.store import Store
 from edge_client.host import Host
 from edge_client.ledger import Ledger
 from messaging.access import BrokerAccess
@@ -225,6 +226,7 @@ class Site:
         fields = {"clients": 2, "minimum_clients": 2, "virtual_time": False, "rules": rules}
         network = MqttNetwork(self.broker.url, access_of(self.papers, AGGREGATOR))
         folder = RunFolder(self.folder)
+        store = Store(self.folder, RUN)
         server = Aggregator(
             settings_of(**{**fields, **changes}),
             record_of() if self.record is None else self.record,
@@ -233,12 +235,13 @@ class Site:
             notify=self.tell,
             memory=lambda: 1,
             keys=self.keys,
-            epoch=folder.count_start(),
+            store=store,
             door=door,
         )
 
         def run() -> None:
-            self.record = server.run()
+            with store:
+                self.record = server.run()
 
         return server, self._start(run, server.stop)
 

@@ -47,7 +47,7 @@ doctor: $(STAMP) ## say what is installed, what works and what to install
 audit: $(STAMP) ## ask PyPI whether a weakness of an installed package is known
 	@"$(PYTHON)" -m venv build/audit
 	@build/audit/bin/python -m pip --disable-pip-version-check --quiet install pip-audit
-	build/audit/bin/pip-audit --strict --path "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
+	build/audit/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
 
 clean: ## remove the environment and all caches; runs stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -227,7 +227,7 @@ class Desk:
         if self.intake is None:
             raise ProtocolError("grant", "chunk while no round is open")
         self.intake.data(client, parse_chunk(self._run, payload), self._clock())
-        self._registry.heard(client)
+        self._heard(client)
 
     def _take(self, client: str, message: Message) -> None:
         if message.run != self._run or getattr(message, "client", None) != client:
@@ -238,7 +238,7 @@ class Desk:
         if not isinstance(message, Alive | Offer | Want | Report):
             raise ProtocolError("schema", f"{message.kind} is not for the aggregator")
         self._registry.check_session(client, message.session)
-        self._registry.heard(client)
+        self._heard(client)
         if isinstance(message, Want):
             down = topics.down(self._run, client)
             self._course.shelf.answer(message, lambda packet: self._transport.publish(down, packet))
@@ -246,6 +246,21 @@ class Desk:
             self._offered(message)
         elif isinstance(message, Report):
             self._reported(message)
+
+    def _heard(self, client: str) -> None:
+        """Note that a device is there; one that was taken for gone is back without a HELLO."""
+        if self._registry.heard(client):
+            self._tell_of(client, online=True)
+
+    def _tell_of(self, client: str, *, online: bool) -> None:
+        device = self._registry.devices.get(client)
+        self._notify(
+            "hello",
+            client=client,
+            online=online,
+            profile=device.profile if device else "",
+            lora_count=device.lora_count if device else 0,
+        )
 
     def _greeted(self, hello: Hello) -> None:
         if self._seal is not None and hello.online:
@@ -256,16 +271,9 @@ class Desk:
         except ProtocolError as err:
             self._reject(hello.client, err)
             raise
-        device = self._registry.devices.get(hello.client)
         if there and self._reconnects.greeted(self._clock(), len(self._registry.devices)):
             self.publish_manifest()
-        self._notify(
-            "hello",
-            client=hello.client,
-            online=hello.online,
-            profile=device.profile if device else "",
-            lora_count=device.lora_count if device else 0,
-        )
+        self._tell_of(hello.client, online=hello.online)
         if there and self._finished is not None:
             self.send(hello.client, stop_task(self._course, hello.client, self._finished))
         elif there and hello.client in self.tasks:

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from cloud_aggregator.aggregation.asynchronous import StaleUpdate
+from cloud_aggregator.aggregation.robust import check_update
 from cloud_aggregator.partials import ResumablePartial, held_pieces
 from cloud_aggregator.rounds import RoundRules, TrainingRound
 from cloud_aggregator.spool import Spool
@@ -37,7 +38,10 @@ _LARGEST_CHANGE = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class IntakeRules:
-    """What an update of this run must be, and how many come at once."""
+    """What an update of this run must be, and how many come at once.
+
+    ``max_norm`` is the Euclidean norm of an update above which it is refused; none takes any.
+    """
 
     run: str
     binding: str
@@ -46,6 +50,7 @@ class IntakeRules:
     limits: UploadLimits
     virtual_time: bool
     round_rules: RoundRules
+    max_norm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,6 +363,8 @@ class Intake:
                 "range",
                 f"the update changes a weight by {largest:.3g}; {_LARGEST_CHANGE:g} is the most",
             )
+        if self._rules.max_norm is not None:
+            check_update(vector, self._rules.max_norm)
         return Contribution(
             costs=offer.costs, train_loss=header.train_loss, offer=offer, parameters=vector.size
         )

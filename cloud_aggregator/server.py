@@ -248,7 +248,7 @@ class Aggregator:
         self._tell_refusals()
         for client in self._registry.look(now):
             log.info("'%s' has said nothing for too long; it is taken for gone", client)
-            self._notify("silent", client=client)
+            self._notify("gone", client=client)
         self._journal.keep_devices(self._registry)
         if self._desk.intake is not None:
             self._desk.intake.expire(now)

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 _DOWN_WINDOW = 8
 # the same device will be refused again
-FATAL_REJECTS = frozenset({"base", "layout", "privacy", "version"})
+FATAL_REJECTS = frozenset({"base", "layout", "private", "version"})
 
 Publish = Callable[[str, bytes, bool], None]
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from cloud_aggregator.cohort import CohortRule
 from cloud_aggregator.counting import CountingKeys, check_counting
 from cloud_aggregator.database import shown
-from cloud_aggregator.door import DoorLimits
+from cloud_aggregator.guards import LimitsSection, SecuritySection
 from cloud_aggregator.health import monitor, parse_address
 from cloud_aggregator.methods import METHODS, ModuleShape, find_method, stage_layout
 from cloud_aggregator.metrics import CountedNetwork, Metrics
@@ -32,7 +32,6 @@ from device_profiles.errors import InputError
 from device_profiles.modules import PLACEMENTS, lora_rank
 from device_profiles.pricing import CostBasis
 from device_profiles.stages import parse_stages
-from messaging.access import BrokerAccess
 from messaging.chunks import CHUNK_BYTES
 from messaging.key_files import run_keys
 from messaging.layout import Layout, joint_sha256
@@ -73,43 +72,6 @@ class AlignmentSection(Config):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
     reward_drop: Annotated[float, Field(gt=0)] = 2.0
     settings: AlignmentSettings = AlignmentSettings()
-
-
-class SecuritySection(BrokerAccess):
-    """Who may take part, and how the broker is reached: also see ``messaging.access``.
-
-    Attributes:
-        keys: The run's key file, of its owner alone (``pwff certs`` makes one). With it, or with
-            the keys in the environment, every message is sealed and nobody without a key takes
-            part.
-    """
-
-    keys: Path | None = None
-
-
-class LimitsSection(Config):
-    """What may come in of one client and of all: see ``cloud_aggregator.door``.
-
-    Attributes:
-        messages_per_second: Of one client, chunks included; four seconds' worth may come at once.
-        bytes_per_second: Of one client; a second's worth may come at once.
-        waiting_bytes: That lie here unread at once, of all clients.
-    """
-
-    messages_per_second: Annotated[float, Field(ge=1, le=1e6)] = 5000.0
-    bytes_per_second: Annotated[float, Field(ge=2**18, le=1e12)] = 2.0**29
-    waiting_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 2**28
-
-    @property
-    def door(self) -> DoorLimits:
-        """The same for the door."""
-        return DoorLimits(
-            messages_per_second=self.messages_per_second,
-            burst_messages=4 * self.messages_per_second,
-            bytes_per_second=self.bytes_per_second,
-            burst_bytes=self.bytes_per_second,
-            waiting_bytes=self.waiting_bytes,
-        )
 
 
 class Service(CountingKeys):

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cloud_aggregator.door import DoorLimits
 from cloud_aggregator.inbox import Inbox
+from cloud_aggregator.metrics import Metrics
 from cloud_aggregator.server import Aggregator
 from cloud_aggregator.service import LimitsSection, Service, load_service, serve
 from device_profiles.errors import InputError
@@ -90,7 +91,6 @@ def test_an_inbox_knows_when_it_last_ticked() -> None:
 
 def test_each_refusal_is_counted_by_its_code(checkpoint: Path) -> None:  # noqa: F811
     service = a_service(checkpoint)
-    seen: list[float] = []
 
     def refuse(server: Aggregator) -> None:
         server._desk.received("pwff/v1/trial/c/a/up/control", b"{")
@@ -102,14 +102,11 @@ def test_each_refusal_is_counted_by_its_code(checkpoint: Path) -> None:  # noqa:
     serve(service, notify=lambda event, **f: told.append((event, f)), on_start=refuse)
     refused = [(f["client"], f["code"], f.get("count", 1)) for e, f in told if e == "refused"]
     assert refused == [("a", "schema", 1), ("", "identity", 1)]
-    del seen
     lines = (service.out / "metrics.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["event"] == "refused" for line in lines) == 2
 
 
 def test_what_is_refused_together_is_counted_as_so_many() -> None:
-    from cloud_aggregator.metrics import Metrics
-
     metrics = Metrics("trial", "pwff")
     metrics("refused", client="", code="rate", reason="", count=40)
     metrics("refused", client="a", code="rate", reason="")

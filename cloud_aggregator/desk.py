@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 
 from cloud_aggregator.course import Course
 from cloud_aggregator.door import Bucket
+from cloud_aggregator.fetches import Fetched, Fetches
 from cloud_aggregator.intake import Intake
 from cloud_aggregator.reconnects import Reconnects
 from cloud_aggregator.registry import Registry
@@ -35,7 +36,7 @@ from messaging.protocol import (
     encode,
 )
 from messaging.security import CloudSeal
-from messaging.transport import Transport
+from messaging.transport import Transport, largest_packet
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Desk:
         tasks: What devices are to do now, for those who ask again.
         reports: What they answered.
         intake: Of the round's updates.
+        fetches: Fetches those that lie in a store, if the run has one.
         refused: What was refused since someone last looked, by code.
     """
 
@@ -82,6 +84,7 @@ class Desk:
         self.tasks: dict[str, Task] = {}
         self.reports: dict[str, Report] = {}
         self.intake: Intake | None = None
+        self.fetches: Fetches | None = None
         self.refused: Counter[str] = Counter()
         self._course = course
         self._run = course.settings.run
@@ -155,6 +158,7 @@ class Desk:
         """Take what arrived; whatever is wrong with it is counted and told."""
         if not topic:  # connected, perhaps again
             self._registry.reconnected()
+            self._fit()
             self.publish_manifest()
             return
         if not payload:  # a retained message was taken back
@@ -222,6 +226,27 @@ class Desk:
             run=self._run, client=client, blob=None, code=err.code, reason=err.reason[:400]
         )
         self.send(client, reject)
+
+    def _fit(self) -> None:
+        """Name states in pieces that this broker takes; a device at a task hears it once more."""
+        if self._course.fit(largest_packet(self._transport)):
+            current = self._course.shelf.current
+            names = ("state", "reward", "reference")
+            self.tasks = {
+                client: task.model_copy(update={n: current(getattr(task, n)) for n in names})
+                for client, task in self.tasks.items()
+            }
+
+    def fetched(self, fetched: Fetched) -> None:
+        """Take what came of fetching an update from a store; a refusal is counted and told."""
+        client = fetched.offer.client
+        try:
+            if self.intake is None:
+                fetched.path.unlink(missing_ok=True)
+            else:
+                self.intake.fetched(fetched, self._clock())
+        except ProtocolError as err:
+            self._refuse(client, err)
 
     def _take_data(self, client: str, payload: bytes) -> None:
         if self.intake is None:

@@ -180,6 +180,7 @@ class Phases:
             notify=self._notify,
             wanted=opened.wanted,
             stale=self._journal.stale,
+            fetches=self._desk.fetches,
         )
         if opened.accepted is not None:
             intake.round.recorded(opened.accepted, opened.closed_seconds or 0.0)

@@ -15,7 +15,7 @@ from messaging.layout import Layout, TensorSpec
 from tests.cloud_aggregator.conftest import RUN, constant, offer_of
 
 ENTRIES = 50_000
-LAYOUT = Layout((TensorSpec("w", (ENTRIES,)),))
+LAYOUT = Layout((TensorSpec(name="w", shape=(ENTRIES,)),))
 
 
 def peak_bytes(folder: Path, clients: int, rule: str, robust: RobustSettings) -> int:

@@ -7,6 +7,7 @@ import logging
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cloud_aggregator.door import DoorLimits
 from cloud_aggregator.inbox import Inbox
-from cloud_aggregator.metrics import Metrics
+from cloud_aggregator.metrics import CountedNetwork, Metrics
 from cloud_aggregator.server import Aggregator
 from cloud_aggregator.service import LimitsSection, Service, load_service, serve
 from device_profiles.errors import InputError
@@ -22,6 +23,7 @@ from messaging.broker import HOST, free_port
 from messaging.errors import SecretError
 from messaging.key_files import RunKeys
 from messaging.secret_files import write_new
+from messaging.transport import is_connected, largest_packet
 from tests.cloud_aggregator.conftest import Clock, Puppet, Stage, settings_of
 from tests.cloud_aggregator.test_service import (  # noqa: F401 - a fixture
     a_service,
@@ -178,3 +180,35 @@ def test_a_mistake_in_what_guards_a_run_is_told(lines: str, words: str, tmp_path
 def test_the_limits_of_a_file_are_those_of_the_door() -> None:
     assert LimitsSection().door == DoorLimits()
     assert Service.model_fields["limits"].default == LimitsSection()
+
+
+class _Line:
+    """A transport that says what it takes, and whether it stands."""
+
+    largest_packet = 65_536
+
+    def __init__(self, *, stands: bool) -> None:
+        self._stands = stands
+
+    def start(self) -> None:
+        """Connect."""
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """Send nothing."""
+
+    def close(self) -> None:
+        """Leave."""
+
+    def is_connected(self) -> bool:
+        """Return what the test says."""
+        return self._stands
+
+
+@pytest.mark.parametrize("stands", [True, False])
+def test_a_counted_connection_says_what_the_connection_says(stands: bool) -> None:
+    network: Any = SimpleNamespace(open=lambda **_options: _Line(stands=stands))
+    counted = CountedNetwork(network, Metrics("trial", "pwff")).open(
+        client_id="c", filters=[], deliver=lambda *_: None, connected=lambda: None
+    )
+    assert is_connected(counted) == stands
+    assert largest_packet(counted) == 65_536

@@ -1,0 +1,66 @@
+"""The aggregator as it is served, on the fault tests' base, as a program that tests watch."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cloud_aggregator.server import Aggregator
+from cloud_aggregator.service import Service, serve
+from tests.faults.base import ADAPTER_SIZE, CHUNK_BYTES, LORA_RANK, PLACEMENT, RUN
+from tests.faults.processes import Line
+
+
+def aggregate(
+    line: Line,
+    *,
+    broker: str,
+    base: Path,
+    out: Path,
+    clients: int,
+    clock: Callable[[], float] = time.monotonic,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Serve the run to its end.
+
+    Args:
+        line: Told of every event of the run.
+        broker: Its address.
+        base: Folder of the run's base.
+        out: The run's folder.
+        clients: That the run waits for, all of them.
+        clock: Monotonic seconds.
+        changes: Of the service's configuration.
+    """
+    settings: dict[str, Any] = {
+        "run": RUN,
+        "broker": broker,
+        "out": out,
+        "clients": clients,
+        "minimum_clients": clients,
+        "model": str(base),
+        "placement": PLACEMENT,
+        "lora_rank": LORA_RANK,
+        "adapter_size": ADAPTER_SIZE,
+        "rounds": 2,
+        "local_steps": 3,
+        "learning_rate": 0.1,
+        "max_length": 8,
+        "codec": "int8",
+        "chunk_bytes": CHUNK_BYTES,
+        "quorum": 1.0,
+        "deadline_seconds": 100_000.0,
+        "evaluation_seconds": 100_000.0,
+        "patience": 0,
+        "seed": 7,
+    }
+
+    def start(server: Aggregator) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: server.stop())
+        line.tell("serving")
+
+    record = serve(Service(**{**settings, **changes}), notify=line.tell, on_start=start, clock=clock)
+    return {"status": record.status}

@@ -109,10 +109,10 @@ class Play:
         """Whose updates counted, by round."""
         return [list(r.accepted) for r in self.record.rounds]
 
-    def run(self, **changes: Any) -> dict[int, str]:
+    def run(self, *, remembers: bool = True, **changes: Any) -> dict[int, str]:
         """Do a run that nothing disturbs; return its states."""
         cloud = self.cloud(**changes)
-        self.finish(cloud, *self.others().values())
+        self.finish(cloud, *self.others(remembers=remembers).values())
         return self.states
 
 

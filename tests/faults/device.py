@@ -93,6 +93,7 @@ class Lesson:
         progress: Where it is written down how far it is.
         tell: Told of each step (``step``), and of each measurement (``measured``).
         poison: What every entry of an update is replaced by, for a device that means ill.
+        remembers: Whether what it learns depends on what it kept of earlier rounds.
     """
 
     def __init__(
@@ -100,9 +101,12 @@ class Lesson:
         device: DeviceRecord,
         progress: Progress,
         tell: Callable[..., None],
+        *,
         poison: float | None = None,
+        remembers: bool = True,
     ) -> None:
-        self._device, self._progress, self._tell, self._poison = device, progress, tell, poison
+        self._device, self._progress, self._tell = device, progress, tell
+        self._poison, self._remembers = poison, remembers
 
     def begin(self, seed: int) -> ClientState:
         """Return the state of a device that has not trained yet."""
@@ -112,6 +116,8 @@ class Lesson:
     def train(self, task: Task, state: ClientState, states: GlobalStates) -> Trained:
         """Take the task's steps."""
         assert states.shared is not None
+        if not self._remembers:
+            state = replace(self.begin(task.seed), round=state.round, stage=state.stage)
         shared = states.shared
         values = shared.copy()
         own = state.personal[_OWN].copy()
@@ -226,6 +232,7 @@ def take_part(
     calendar_ahead: float = 0.0,
     chunk_bytes: int = CHUNK_BYTES,
     poison: float | None = None,
+    remembers: bool = True,
 ) -> dict[str, Any]:
     """Take part in the run until it is over.
 
@@ -239,6 +246,7 @@ def take_part(
         calendar_ahead: Seconds by which the device's date is wrong.
         chunk_bytes: Of its uploads.
         poison: See ``Lesson``.
+        remembers: See ``Lesson``.
     """
     if calendar_ahead:
         _set_calendar(calendar_ahead)
@@ -255,7 +263,7 @@ def take_part(
             lora_rank=LORA_RANK,
             chunk_bytes=chunk_bytes,
         ),
-        {"instruction": Lesson(device, progress, line.tell, poison)},
+        {"instruction": Lesson(device, progress, line.tell, poison=poison, remembers=remembers)},
         base=identity,
         device=device,
         profile=find_profile(device.profile),
@@ -276,3 +284,10 @@ def take_part(
     signal.signal(signal.SIGTERM, lambda *_: host.stop())
     host.run()
     return {"failures": host.failures}
+
+
+def _set_calendar(ahead: float) -> None:
+    """Make the date of this process wrong by so many seconds."""
+    right, right_ns = time.time, time.time_ns
+    time.time = lambda: right() + ahead
+    time.time_ns = lambda: right_ns() + int(ahead * 1e9)

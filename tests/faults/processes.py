@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-LIMIT = 60.0  # seconds after which a test gives up
+LIMIT = 30.0  # seconds after which a test gives up
 PRELOADED = ["tests.faults.cloud", "tests.faults.device"]
 
 _context = multiprocessing.get_context("forkserver")
@@ -122,6 +122,7 @@ class Actor:
         self.told: list[Told] = []
         self._changed = threading.Condition()
         self._over = False
+        self._options = options  # a clock lives as long as someone here holds it
         self._pipe, theirs = _context.Pipe()
         arguments = (program, theirs, hold, options)
         self._process = _context.Process(target=_enter, args=arguments, daemon=True)

@@ -11,7 +11,7 @@ from typing import Any
 from cloud_aggregator.server import Aggregator
 from cloud_aggregator.service import Service, serve
 from tests.faults.base import ADAPTER_SIZE, CHUNK_BYTES, LORA_RANK, PLACEMENT, RUN
-from tests.faults.processes import Line
+from tests.faults.processes import Line, set_calendar
 
 
 def aggregate(
@@ -22,6 +22,7 @@ def aggregate(
     out: Path,
     clients: int,
     clock: Callable[[], float] = time.monotonic,
+    calendar_ahead: float = 0.0,
     **changes: Any,
 ) -> dict[str, Any]:
     """Serve the run to its end.
@@ -33,8 +34,10 @@ def aggregate(
         out: The run's folder.
         clients: That the run waits for, all of them.
         clock: Monotonic seconds.
+        calendar_ahead: Seconds by which the cloud's date is wrong.
         changes: Of the service's configuration.
     """
+    set_calendar(calendar_ahead)
     settings: dict[str, Any] = {
         "run": RUN,
         "broker": broker,
@@ -62,5 +65,7 @@ def aggregate(
         signal.signal(signal.SIGTERM, lambda *_: server.stop())
         line.tell("serving")
 
-    record = serve(Service(**{**settings, **changes}), notify=line.tell, on_start=start, clock=clock)
+    record = serve(
+        Service(**{**settings, **changes}), notify=line.tell, on_start=start, clock=clock
+    )
     return {"status": record.status}

@@ -8,7 +8,6 @@ the wrong round shows in the bits of the global state.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import signal
 import time
@@ -32,14 +31,12 @@ from edge_client.outbox import Outbox
 from edge_client.progress import Interruption, Progress, Standing
 from edge_client.stage_work import GlobalStates, Measured, Trained
 from edge_client.state import ClientState
-from messaging import topics
-from messaging.layout import Tensors
 from messaging.mqtt import MqttNetwork
 from messaging.protocol import Channel, DeviceRecord, Preference, Task
 from messaging.transport import Connected, Deliver, Transport, Will
 from quantization.identity import BaseIdentity, binding, identify
 from tests.faults.base import ADAPTER_SIZE, CHUNK_BYTES, LAYERS, LORA_RANK, PLACEMENT, RUN
-from tests.faults.processes import Line
+from tests.faults.processes import Line, set_calendar
 
 _OWN = "lesson.own"
 _MOMENT = "lesson.moment"
@@ -126,10 +123,10 @@ class Lesson:
             f"{task.round}".encode() + shared.tobytes() + own.tobytes() + moment.tobytes()
         ).hexdigest()
         done: list[float] = []
-        if standing := self._progress.begun(fingerprint):
-            done = list(standing.losses)
-            values, moment = standing.values[0].copy(), standing.values[1].copy()
-            own = standing.values[2, :4].copy()
+        if begun := self._progress.begun(fingerprint):
+            done = list(begun.losses)
+            values, moment = begun.values[0].copy(), begun.values[1].copy()
+            own = begun.values[2, :4].copy()
             self._tell("resumed", round=task.round, step=len(done))
         for step in range(len(done) + 1, task.local_steps + 1):
             drawn = stream(task.seed, "step", self._device.id, task.round, step)
@@ -140,9 +137,8 @@ class Lesson:
             values = values - np.float32(task.learning_rate) * pull
             done.append(float(step))
             self._tell("step", round=task.round, step=step)
-            self._progress.stepped(
-                fingerprint, step, lambda: _standing(done, values, moment, own)
-            )
+            standing = _standing(done, values, moment, own)
+            self._progress.stepped(fingerprint, step, lambda standing=standing: standing)
         if self._poison is not None:
             values = np.full_like(values, self._poison)
         return Trained(
@@ -155,6 +151,7 @@ class Lesson:
     def evaluate(self, task: Task, state: ClientState, states: GlobalStates) -> Measured:
         """Return figures that are functions of the global state."""
         assert states.shared is not None
+        del state
         size = float(np.abs(states.shared).mean(dtype=np.float64))
         self._tell("measured", round=task.round, outcome=task.outcome)
         return Measured(examples=1, eval_loss=size, eval_accuracy=1 / (1 + size))
@@ -248,8 +245,7 @@ def take_part(
         poison: See ``Lesson``.
         remembers: See ``Lesson``.
     """
-    if calendar_ahead:
-        _set_calendar(calendar_ahead)
+    set_calendar(calendar_ahead)
     identity = identify(str(base))
     shape, device = modules(identity), describe(client, identity)
     interruption = Interruption()
@@ -284,10 +280,3 @@ def take_part(
     signal.signal(signal.SIGTERM, lambda *_: host.stop())
     host.run()
     return {"failures": host.failures}
-
-
-def _set_calendar(ahead: float) -> None:
-    """Make the date of this process wrong by so many seconds."""
-    right, right_ns = time.time, time.time_ns
-    time.time = lambda: right() + ahead
-    time.time_ns = lambda: right_ns() + int(ahead * 1e9)

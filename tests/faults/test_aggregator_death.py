@@ -1,4 +1,4 @@
-"""An aggregator that is killed, whatever it is at, goes on to the bits that it would have reached."""
+"""An aggregator that is killed, whatever it is at, goes on to the bits of one that was not."""
 
 from __future__ import annotations
 

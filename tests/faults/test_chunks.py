@@ -133,7 +133,7 @@ def test_reordered_chunks_make_the_same_update(
 ) -> None:
     through(Backwards())
     assert play.states == undisturbed(codec="fp32")
-    assert all(r.observed.refused == {} for r in play.record.rounds)
+    assert not any("chunk" in r.observed.refused for r in play.record.rounds)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_spoilt_chunks_are_refused_one_by_one_and_sent_again(
 ) -> None:
     through(Once(change))
     assert play.states == undisturbed(codec="fp32")
-    assert [r.observed.refused for r in play.record.rounds] == [{code: SENT}] * 2
+    assert [r.observed.refused[code] for r in play.record.rounds] == [SENT, SENT]
 
 
 def test_a_packet_that_the_broker_does_not_take_costs_a_connection_and_no_bit(

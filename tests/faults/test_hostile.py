@@ -135,8 +135,9 @@ TOPICS = [
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 WRONG = [None, -1, 2**64, 1e308, "", "../../etc/passwd", "x" * 5000, [], {}, True, "\u0000"]
@@ -238,4 +239,3 @@ def test_whatever_malformed_is_published_changes_no_bit(
 def _take_back_what_was_retained(intruder: Intruder) -> None:
     """Clear the topics of nobody; those of the run's own are said anew by whoever owns them."""
     intruder.publish(topics.state(RUN, "nobody"), b"", retain=True)
-

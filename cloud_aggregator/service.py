@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -137,11 +136,10 @@ def serve(
     *,
     notify: Callable[..., None],
     on_start: Callable[[Aggregator], None],
-    clock: Callable[[], float] = time.monotonic,
 ) -> RunRecord:
     """Run the aggregator until the run is done or stopped; return its record.
 
-    A missing broker is tried again and again, with back-off. ``clock`` gives monotonic seconds.
+    A missing broker is tried again and again, with back-off.
 
     Raises:
         InputError: If base, folder or broker address are not usable.
@@ -203,7 +201,6 @@ def serve(
         network,
         notify=tell,
         memory=lambda: psutil.Process().memory_info().rss,
-        clock=clock,
     )
     on_start(server)
     return server.run()

@@ -1,4 +1,4 @@
-"""Who trains in a round of an emulated run: a cohort, chosen by what each client's pilot shows.
+"""Who trains in a round: a cohort, chosen by chance or by what each client's pilot shows.
 
 Everything is recomputed from the record and the run's seed, so a run that goes on after a break
 chooses as it would have. A device whose battery is empty is not asked.
@@ -23,7 +23,7 @@ Selection = Literal["uniform", "best-channel", "proportional-fair"]
 
 @dataclass(frozen=True, kw_only=True)
 class CohortRule:
-    """How many clients train in a round, and how they are chosen."""
+    """How many clients a round wants, and how those that are asked are chosen."""
 
     size: int
     selection: Selection
@@ -37,11 +37,21 @@ def able(devices: Mapping[str, DeviceRecord], rounds: Sequence[RoundRecord]) -> 
 
 
 def choose_cohort(
-    rule: CohortRule, devices: Mapping[str, DeviceRecord], rounds: Sequence[RoundRecord]
+    rule: CohortRule,
+    devices: Mapping[str, DeviceRecord],
+    rounds: Sequence[RoundRecord],
+    *,
+    size: int | None = None,
 ) -> list[str]:
     """Return the clients of the round after ``rounds``, in client order.
 
     ``proportional-fair`` divides a pilot rate by what the client had in the rounds before.
+
+    Args:
+        rule: How they are chosen.
+        devices: Of whom.
+        rounds: So far.
+        size: How many, where more are asked than are wanted; by default the rule's.
     """
     names = sorted(devices)
     past = np.zeros(len(names))
@@ -51,16 +61,24 @@ def choose_cohort(
         past = update_past_rates(past, _pilots(rule, devices, names, number), chosen)
     number = len(rounds) + 1
     there = able(devices, rounds)
+    if not there:
+        return []
     places = [names.index(name) for name in there]
     pilots = _pilots(rule, devices, there, number)
     selected = select_cohort(
         rule.selection,
-        min(rule.size, len(there)),
+        min(rule.size if size is None else size, len(there)),
         stream(rule.seed, "cohort", number),
         pilot_rates=pilots,
         past_rates=past[places],
     )
     return [there[place] for place in selected]
+
+
+def choose_replacement(seed: int, number: int, free: Sequence[str]) -> str:
+    """Return who of those that are free is asked in a vanished client's place, each alike."""
+    names = sorted(free)
+    return names[int(stream(seed, "replacement", number, *names).integers(len(names)))]
 
 
 def _pilots(

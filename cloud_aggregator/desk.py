@@ -19,6 +19,7 @@ from messaging import topics
 from messaging.chunks import parse_chunk
 from messaging.errors import ProtocolError
 from messaging.protocol import (
+    Alive,
     Hello,
     Message,
     Offer,
@@ -90,6 +91,12 @@ class Desk:
         for client, task in self.tasks.items():
             self.send(client, task)
 
+    def assign_more(self, tasks: Mapping[str, Task]) -> None:
+        """Give some devices something to do besides what the others are doing."""
+        self.tasks |= tasks
+        for client, task in tasks.items():
+            self.send(client, task)
+
     def publish_manifest(self) -> None:
         """Tell everybody, those that come later too, what the newest state is."""
         manifest = make_manifest(
@@ -116,6 +123,7 @@ class Desk:
     def received(self, topic: str, payload: bytes) -> None:
         """Take what arrived; whatever is wrong with it is counted and told."""
         if not topic:  # connected, perhaps again
+            self._registry.reconnected()
             self.publish_manifest()
             return
         if not payload:  # a retained message was taken back
@@ -135,6 +143,7 @@ class Desk:
         if self.intake is None:
             raise ProtocolError("grant", "chunk while no round is open")
         self.intake.data(client, parse_chunk(self._run, payload), self._clock())
+        self._registry.heard(client)
 
     def _take(self, client: str, message: Message) -> None:
         if message.run != self._run or getattr(message, "client", None) != client:
@@ -142,15 +151,16 @@ class Desk:
         if isinstance(message, Hello):
             self._greeted(message)
             return
-        if not isinstance(message, Offer | Want | Report):
+        if not isinstance(message, Alive | Offer | Want | Report):
             raise ProtocolError("schema", f"{message.kind} is not for the aggregator")
         self._registry.check_session(client, message.session)
+        self._registry.heard(client)
         if isinstance(message, Want):
             down = topics.down(self._run, client)
             self._course.shelf.answer(message, lambda packet: self._transport.publish(down, packet))
         elif isinstance(message, Offer):
             self._offered(message)
-        else:
+        elif isinstance(message, Report):
             self._reported(message)
 
     def _greeted(self, hello: Hello) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from messaging.errors import ProtocolError
 from messaging.protocol import DeviceRecord, Hello
+
+_LISTENING_SECONDS = 5.0  # between two looks; what is more, nobody listened
 
 
 class Registry:
@@ -14,6 +18,13 @@ class Registry:
         layout: Hash of the shared tensors.
         known: The only devices that may take part; by default any that fits.
         scoring: Of the devices that the run has had; by default that of those that are there.
+        devices: That an earlier process of this run knew; none of them is there yet.
+        epochs: The most starts that each of them has come with.
+        silence_seconds: After as long without a word a device is taken for gone; without it, only
+            its last will says so.
+
+    Attributes:
+        devices: That have been there, by their names.
     """
 
     def __init__(
@@ -23,6 +34,9 @@ class Registry:
         layout: str,
         known: frozenset[str] | None = None,
         scoring: str | None = None,
+        devices: Mapping[str, DeviceRecord] | None = None,
+        epochs: Mapping[str, int] | None = None,
+        silence_seconds: float | None = None,
     ) -> None:
         self._known = known
         self._binding = binding
@@ -30,7 +44,17 @@ class Registry:
         self._scoring = scoring
         self._sessions: dict[str, str] = {}
         self._online: set[str] = set()
-        self.devices: dict[str, DeviceRecord] = {}
+        self.devices: dict[str, DeviceRecord] = {
+            name: record
+            for name, record in (devices or {}).items()
+            if known is None or name in known
+        }
+        self._epochs = dict(epochs or {})
+        self._changed: set[str] = set()
+        self._silence = silence_seconds
+        self._listened = 0.0  # seconds in which a device could be heard
+        self._looked: float | None = None
+        self._heard: dict[str, float] = {}
 
     def greeted(self, hello: Hello) -> bool:
         """Take a HELLO; return whether the device is newly there (and needs its task again).
@@ -66,10 +90,50 @@ class Registry:
                 f"device '{hello.client}' scores responses by '{hello.device.scoring}' and the "
                 "others do not: another trunk precision, or another reference set; give it theirs",
             )
+        if hello.epoch < (last := self._epochs.get(hello.client, 0)):
+            raise ProtocolError(
+                "session",
+                f"'{hello.client}' says that this is its start {hello.epoch}, and it has been here "
+                f"in its start {last}: give each device a name and a folder of its own, or write a "
+                "higher number into its file 'epoch'",
+            )
+        if (hello.epoch, hello.device) != (last, self.devices.get(hello.client)):
+            self._changed.add(hello.client)
+        self._epochs[hello.client] = hello.epoch
         self._sessions[hello.client] = hello.session
-        self._online.add(hello.client)
         self.devices[hello.client] = hello.device
+        self.heard(hello.client)
         return True
+
+    def take_changed(self) -> dict[str, tuple[int, DeviceRecord]]:
+        """Return the devices that are new, or not as they were at the last call, with starts."""
+        changed = {i: (self._epochs[i], self.devices[i]) for i in sorted(self._changed)}
+        self._changed.clear()
+        return changed
+
+    def heard(self, client: str) -> None:
+        """Note that a device said something in its newest session: it is there."""
+        self._heard[client] = self._listened
+        self._online.add(client)
+
+    def look(self, now: float) -> list[str]:
+        """Return who has just fallen silent for too long, in client order; called every second.
+
+        Only seconds in which this was called count: while nobody listened, nobody could be heard.
+        """
+        if self._looked is not None:
+            self._listened += min(now - self._looked, _LISTENING_SECONDS)
+        self._looked = now
+        if self._silence is None:
+            return []
+        limit = self._listened - self._silence
+        silent = sorted(i for i in self._online if self._heard.get(i, 0.0) < limit)
+        self._online.difference_update(silent)
+        return silent
+
+    def reconnected(self) -> None:
+        """Count silence anew: nobody could be heard while this side had no connection."""
+        self._heard = dict.fromkeys(self._online, self._listened)
 
     def check_session(self, client: str, session: str) -> None:
         """Refuse a message of a device that never said HELLO, or of an older session.

@@ -97,6 +97,11 @@ class RunFolder:
         """Where updates wait for the end of their round."""
         return self.path / "spool"
 
+    @property
+    def stale_path(self) -> Path:
+        """Where late updates wait for a later round."""
+        return self.path / "stale"
+
     def write_record(self, record: RunRecord) -> None:
         """Write ``run.json``."""
         text = record.model_dump_json(by_alias=True, indent=1)

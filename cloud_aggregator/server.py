@@ -8,31 +8,28 @@ from __future__ import annotations
 
 import logging
 import secrets
-import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Literal
 
 from cloud_aggregator.aggregation import AGGREGATIONS
-from cloud_aggregator.cohort import able, choose_cohort
 from cloud_aggregator.course import Course
 from cloud_aggregator.desk import Desk
 from cloud_aggregator.inbox import Inbox, StoppedError
-from cloud_aggregator.intake import Client, Intake, IntakeRules
-from cloud_aggregator.methods import own_layout
+from cloud_aggregator.intake import Intake
+from cloud_aggregator.journal import Journal
+from cloud_aggregator.phases import Phases
 from cloud_aggregator.records import Observed, RoundRecord, RunRecord
 from cloud_aggregator.registry import Registry
 from cloud_aggregator.round_record import round_record
 from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.settings import RunSettings
-from cloud_aggregator.spool import Spool
 from cloud_aggregator.stages import StagePlan
+from cloud_aggregator.store import Store
 from cloud_aggregator.summary import client_before, global_figures, summarise
-from cloud_aggregator.tasks import Work, make_tasks
-from device_profiles.errors import InputError
 from messaging import topics
 from messaging.layout import Vector
-from messaging.protocol import Outcome, Report
+from messaging.protocol import Report
 from messaging.transport import Network
 
 log = logging.getLogger(__name__)
@@ -40,12 +37,6 @@ log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.5  # in deployment, between two looks at the deadline
 
 Status = Literal["done", "running", "stopped", "failed"]
-
-
-class RunFailedError(Exception):
-    """The run cannot go on; what was done is on disk."""
-
-    exit_code = 1
 
 
 class Aggregator:
@@ -56,6 +47,7 @@ class Aggregator:
         record: Its record so far; rounds in it are not done again.
         folder: Where record, global states and spool are.
         network: Opens the connection.
+        store: Of the run; whoever opened it closes it.
         notify: Told of everything that happens (event, fields), for progress and metrics.
         memory: Returns the bytes that the run holds now, for the record's peak.
         clock: Monotonic seconds.
@@ -68,6 +60,7 @@ class Aggregator:
         folder: RunFolder,
         network: Network,
         *,
+        store: Store,
         notify: Callable[..., None],
         memory: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
@@ -85,6 +78,9 @@ class Aggregator:
             layout=self._course.layouts_sha256,
             known=settings.known_clients,
             scoring=next((device.scoring for device in record.clients), None),
+            devices=store.devices(),
+            epochs=store.epochs(),
+            silence_seconds=settings.silence_seconds,
         )
         self._inbox = Inbox(
             take=self._received,
@@ -102,7 +98,18 @@ class Aggregator:
             self._registry,
             self._transport,
             session=secrets.token_hex(8),
-            epoch=0,
+            epoch=store.epoch,
+            notify=notify,
+            clock=clock,
+        )
+        self._journal = Journal(store, folder)
+        self._phases = Phases(
+            self._course,
+            self._registry,
+            self._desk,
+            self._inbox,
+            self._journal,
+            logs=folder.path,
             notify=notify,
             clock=clock,
         )
@@ -130,10 +137,11 @@ class Aggregator:
         self._course.check_order()
         self._transport.start()
         try:
+            self._journal.begin(len(self.record.rounds))
             self._close_record("running", None)
-            self._remove_old_updates()
             self._enter(self.settings.stages[0])
-            self._gather()
+            self._phases.gather()
+            self._list_clients()
             reason = ""
             for plan in self.settings.stages:
                 if plan is not self._course.plan:
@@ -142,7 +150,7 @@ class Aggregator:
                 if reason == "batteries":
                     break
             self._close_record("done", reason)
-            self._dismiss(reason)
+            self._phases.dismiss(reason)
         except StoppedError:
             self._break_off("stopped", "interrupted")
         except Exception as err:
@@ -173,16 +181,12 @@ class Aggregator:
         self.record.summary = summarise(self.record)
         self._folder.write_record(self.record)
 
-    def _remove_old_updates(self) -> None:
-        """Leave in the spool only what an earlier process took in the round that comes next."""
-        done = len(self.record.rounds)
-        begun = self.record.before or done
-        for path in self._folder.spool_path.glob("*"):
-            if not begun or path.name != str(done + 1):
-                shutil.rmtree(path, ignore_errors=True)
-
     def _tick(self, now: float) -> None:
         self._peak_memory = max(self._peak_memory, self._memory())
+        for client in self._registry.look(now):
+            log.info("'%s' has said nothing for too long; it is taken for gone", client)
+            self._notify("silent", client=client)
+        self._journal.keep_devices(self._registry)
         if self._desk.intake is not None:
             self._desk.intake.expire(now)
 
@@ -191,24 +195,6 @@ class Aggregator:
     def _enter(self, plan: StagePlan) -> None:
         self._course.enter(plan)
         self._desk.publish_manifest()
-
-    def _gather(self) -> None:
-        settings = self.settings
-
-        def complete() -> bool:
-            return len(self._registry.online) >= settings.clients
-
-        while not self._inbox.wait(complete, settings.gather_seconds):
-            there = len(self._registry.online)
-            if settings.virtual_time:
-                raise RunFailedError(
-                    f"{there} of {settings.clients} emulated clients appeared within "
-                    f"{settings.gather_seconds:g} s; see the workers' logs in {self._folder.path}"
-                )
-            if there >= settings.minimum_clients:
-                break
-            log.info("waiting for devices: %d of %d are there", there, settings.minimum_clients)
-        self._list_clients()
 
     def _list_clients(self) -> None:
         """Take newly seen devices into the record."""
@@ -228,7 +214,7 @@ class Aggregator:
         return reason
 
     def _before(self) -> None:
-        reports = self._evaluate(len(self.record.rounds), {})
+        reports = self._phases.evaluate(len(self.record.rounds), {})
         stage = self._course.plan.stage
         self.record.before += [client_before(stage, r) for _, r in sorted(reports.items())]
         self._write_record()
@@ -237,14 +223,17 @@ class Aggregator:
 
     def _do_round(self, number: int) -> None:
         began = self._clock()
-        intake = self._train(number)
+        intake = self._phases.train(number)
+        self._journal.close(intake)
         vector = self._course.shelf.vector
         self._aggregate(intake, vector)
-        reports = self._evaluate(number, {i: intake.round.status(i) for i in intake.round.cohort})
+        reports = self._phases.evaluate(
+            number, {i: intake.round.status(i) for i in intake.round.cohort}
+        )
         why, figures = self._course.verdict(self._registry.devices, reports)
         if why:
             # Devices now lose what they learned: broken off from here, the round is done again.
-            intake.clear()
+            self._journal.reopen(intake)
             reports = self._take_back(number, vector)
         self._list_clients()
         record = round_record(
@@ -265,7 +254,7 @@ class Aggregator:
         self._desk.refused.clear()
         self.record.rounds.append(record)
         self._write_record()
-        intake.clear()
+        self._journal.finish(intake)
         self._notify_round(record)
 
     def _aggregate(self, intake: Intake, vector: Vector | None) -> None:
@@ -282,127 +271,7 @@ class Aggregator:
         if vector is not None:
             self._course.shelf.put(vector, number)
             self._desk.publish_manifest()
-        return self._evaluate(number, {}, work="restore")
-
-    def _train(self, number: int) -> Intake:
-        settings = self.settings
-        cohort = self._cohort()
-        intake = self._desk.intake = Intake(
-            number,
-            {i: self._client(i) for i in cohort},
-            IntakeRules(
-                run=settings.run,
-                binding=settings.binding,
-                layout=self._course.plan.layout,
-                codec=settings.codec,
-                limits=settings.limits,
-                virtual_time=settings.virtual_time,
-                round_rules=settings.rules,
-            ),
-            Spool(self._folder.spool_path / str(number)),
-            began=self._clock(),
-            send=self._desk.send,
-            notify=self._notify,
-        )
-        intake.restore()
-        missing = [i for i in cohort if i not in intake.contributions]
-        self._assign("train", number, missing, {})
-        if settings.virtual_time:
-            if not self._outlast(lambda: intake.answered, lambda: len(intake.silent())):
-                raise self._silence(intake.silent(), f"no update of round {number}")
-            intake.settle()
-            if settings.refuses_hopeless_deadline:
-                self._check_deadline(intake)
-        else:
-            while intake.round.closed_at is None:
-                self._inbox.wait(lambda: intake.round.closed_at is not None, _LOOK_SECONDS)
-                intake.passed(self._clock())
-        return intake
-
-    def _check_deadline(self, intake: Intake) -> None:
-        """Refuse a deadline that nobody meets, before any round is built on it."""
-        deadline, fastest = self.settings.rules.deadline_seconds, intake.fastest
-        if intake.number == 1 and fastest is not None and fastest > deadline:
-            raise InputError(
-                f"deadline_seconds = {deadline:g}: nobody meets it, the fastest of "
-                f"{len(intake.round.cohort)} clients needs {fastest:.4g} s (modelled) for training "
-                "and upload; give more, or fewer local steps"
-            )
-
-    def _client(self, name: str) -> Client:
-        device = self._registry.devices[name]
-        layout = own_layout(self._course.plan.layout, device.lora_count)
-        return Client(examples=self._course.weight(device), layout=layout)
-
-    def _cohort(self) -> list[str]:
-        while not self._registry.online:
-            log.info("waiting for devices: none is there")
-            self._inbox.wait(lambda: bool(self._registry.online), self.settings.gather_seconds)
-        known, rounds = self._registry.devices, self.record.rounds
-        devices = {i: device for i, device in known.items() if self._course.weight(device)}
-        if self.settings.cohort is not None:
-            return choose_cohort(self.settings.cohort, devices, rounds)
-        return [i for i in self._asked() if i in able(devices, rounds)]
-
-    def _asked(self) -> list[str]:
-        """Return the devices that get the next task.
-
-        In emulation that is every one: whether a worker is just being started again is no part of
-        what a run is a function of.
-        """
-        return (
-            sorted(self._registry.devices) if self.settings.virtual_time else self._registry.online
-        )
-
-    def _evaluate(
-        self,
-        number: int,
-        outcomes: Mapping[str, Outcome],
-        work: Literal["evaluate", "restore"] = "evaluate",
-    ) -> dict[str, Report]:
-        settings, reports = self.settings, self._desk.reports
-        reports.clear()
-        asked = self._asked()
-        self._assign(work, number, asked, outcomes)
-
-        def waited_for(client: str) -> bool:
-            return settings.virtual_time or self._registry.is_online(client)
-
-        def complete() -> bool:
-            return all(i in reports or not waited_for(i) for i in asked)
-
-        if not settings.virtual_time:
-            self._inbox.wait(complete, settings.patience_seconds)
-        elif not self._outlast(complete, lambda: len(reports)):
-            raise self._silence(sorted(set(asked) - set(reports)), "no held-out results")
-        self._desk.tasks.clear()
-        return dict(reports)
-
-    def _outlast(self, done: Callable[[], bool], progress: Callable[[], int]) -> bool:
-        return self._inbox.outlast(done, progress, self.settings.patience_seconds)
-
-    def _silence(self, silent: list[str], what: str) -> RunFailedError:
-        return RunFailedError(
-            f"emulated client '{silent[0]}' ({len(silent)} in all) gave {what} within "
-            f"{self.settings.patience_seconds:g} s; see the workers' logs in {self._folder.path}"
-        )
-
-    def _assign(
-        self, work: Work, number: int, clients: Iterable[str], outcomes: Mapping[str, Outcome]
-    ) -> None:
-        """Tell devices what to do, and what became of their last updates."""
-        told = self._course.outcomes() | {i: (word, number) for i, word in outcomes.items()}
-        tasks = make_tasks(self._course, work, number, clients, told)
-        stage = self._course.plan.stage
-        self._notify("task", work=work, stage=stage, round=number, clients=sorted(tasks))
-        self._desk.assign(tasks)
-
-    def _dismiss(self, reason: str) -> None:
-        """Tell every device that the run is over, and keep saying so until they have left."""
-        self._desk.dismiss(reason)
-        if self.settings.virtual_time:
-            self._inbox.wait(lambda: not self._registry.online, self.settings.gather_seconds)
-            self._desk.clear_manifest()
+        return self._phases.evaluate(number, {}, work="restore")
 
     def _notify_round(self, record: RoundRecord) -> None:
         self._notify(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Annotated, Any
 import psutil
 from pydantic import Field
 
+from cloud_aggregator.database import shown
 from cloud_aggregator.methods import METHODS, ModuleShape, find_method, stage_layout
 from cloud_aggregator.records import DataRecord, ModelRecord, PricedRecord, RunRecord
 from cloud_aggregator.rounds import RoundRules
@@ -17,6 +20,7 @@ from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.server import Aggregator
 from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.stages import StagePlan, check_room
+from cloud_aggregator.store import Store
 from device_profiles.config_files import Config, choose, load
 from device_profiles.errors import InputError
 from device_profiles.modules import PLACEMENTS, lora_rank
@@ -28,6 +32,11 @@ from messaging.mqtt import MqttNetwork
 from messaging.protocol import AlignmentSettings, Codec, Identifier, Stage
 from messaging.transfer import UploadLimits
 from quantization.identity import BaseIdentity, binding, identify
+
+log = logging.getLogger(__name__)
+
+#: Of the environment: the address of the run's store, in place of the configuration's.
+STORE_VARIABLE = "PWFF_STORE"
 
 
 class RewardSection(Config):
@@ -70,6 +79,9 @@ class Service(Config):
             ``RewardSection`` and ``AlignmentSection``.
         deadline_seconds: Of a training round, on this machine's clock.
         evaluation_seconds: How long it waits for held-out results.
+        store: Where the run's state is: ``sqlite:///FILE`` or
+            ``postgresql+psycopg://USER@HOST/DATABASE``; by default ``state.sqlite`` in ``out``. An
+            address with a password is better given in the environment, as ``PWFF_STORE``.
         grants: Uploads that may send at once.
         window: Chunks of one upload in flight; grants * window stays below the broker's queue.
     """
@@ -101,6 +113,7 @@ class Service(Config):
     patience: Annotated[int, Field(ge=0)] = 5
     grants: Annotated[int, Field(ge=1, le=1024)] = 16
     window: Annotated[int, Field(ge=1, le=1024)] = 8
+    store: Annotated[str | None, Field(repr=False)] = None
     reward: RewardSection = RewardSection()
     alignment: AlignmentSection = AlignmentSection()
 
@@ -142,13 +155,47 @@ def serve(
     A missing broker is tried again and again, with back-off.
 
     Raises:
-        InputError: If base, folder or broker address are not usable.
+        InputError: If base, folder, store or broker address are not usable, or another aggregator
+            is at work on the run.
         SpoolFullError: If the spool's disk is full.
+        StoreError: If the run's store cannot be read or written.
     """
     network = MqttNetwork(service.broker)
+    url = store_url(service)
     identity = identify(service.model)
     folder = RunFolder(service.out)
     record = _record(service, identity, folder)
+    settings = _settings(service, identity)
+
+    def tell(event: str, **fields: Any) -> None:
+        folder.append_event(event, **fields)
+        notify(event, **fields)
+
+    with Store(folder.path, service.run, url) as store:
+        log.info("the run's state is in %s (start %d)", store.name, store.epoch)
+        folder.write_config(_config(service, identity, settings, network, url))
+        server = Aggregator(
+            settings,
+            record,
+            folder,
+            network,
+            store=store,
+            notify=tell,
+            memory=lambda: psutil.Process().memory_info().rss,
+        )
+        on_start(server)
+        return server.run()
+
+
+def store_url(service: Service) -> str | None:
+    """Return the address of the run's store; none is a file in the run's folder.
+
+    The environment wins over the file: an address may hold a password.
+    """
+    return os.environ.get(STORE_VARIABLE) or service.store
+
+
+def _settings(service: Service, identity: BaseIdentity) -> RunSettings:
     modules = ModuleShape(
         base=identity.shape,
         adapter_size=service.adapter_size,
@@ -156,54 +203,50 @@ def serve(
         lora_rank=lora_rank(identity.shape, service.lora_rank)[0],
     )
     method = find_method(service.method)
-    stages = parse_stages(service.stages, method)
-    layouts = {stage: stage_layout(stage, method, modules) for stage in stages}
-    bound = binding(identity, service.placement)
-    config = service.model_dump(mode="json", exclude_none=True)
-    config["broker"] = str(network.address)  # without its secrets
-    folder.write_config(
-        {
-            "service": config,
-            "hashes": {
-                "base": identity.sha256,
-                "tokenizer": identity.tokenizer_sha256,
-                "binding": bound,
-                "layout": joint_sha256(layouts.values()),
-            },
-        }
-    )
-
-    def tell(event: str, **fields: Any) -> None:
-        folder.append_event(event, **fields)
-        notify(event, **fields)
-
-    server = Aggregator(
-        RunSettings(
-            run=service.run,
-            method=service.method,
-            seed=service.seed,
-            modules=modules,
-            stages=tuple(_stage_plan(service, stage, layout) for stage, layout in layouts.items()),
-            binding=bound,
-            clients=service.clients,
-            minimum_clients=service.minimum_clients,
-            gather_seconds=service.gather_seconds,
-            codec=service.codec,
-            max_length=service.max_length,
-            chunk_bytes=service.chunk_bytes,
-            rules=RoundRules(quorum=service.quorum, deadline_seconds=service.deadline_seconds),
-            virtual_time=False,
-            patience_seconds=service.evaluation_seconds,
-            limits=UploadLimits(grants=service.grants, window=service.window),
+    return RunSettings(
+        run=service.run,
+        method=service.method,
+        seed=service.seed,
+        modules=modules,
+        stages=tuple(
+            _stage_plan(service, stage, stage_layout(stage, method, modules))
+            for stage in parse_stages(service.stages, method)
         ),
-        record,
-        folder,
-        network,
-        notify=tell,
-        memory=lambda: psutil.Process().memory_info().rss,
+        binding=binding(identity, service.placement),
+        clients=service.clients,
+        minimum_clients=service.minimum_clients,
+        gather_seconds=service.gather_seconds,
+        codec=service.codec,
+        max_length=service.max_length,
+        chunk_bytes=service.chunk_bytes,
+        rules=RoundRules(quorum=service.quorum, deadline_seconds=service.deadline_seconds),
+        virtual_time=False,
+        patience_seconds=service.evaluation_seconds,
+        limits=UploadLimits(grants=service.grants, window=service.window),
     )
-    on_start(server)
-    return server.run()
+
+
+def _config(
+    service: Service,
+    identity: BaseIdentity,
+    settings: RunSettings,
+    network: MqttNetwork,
+    url: str | None,
+) -> dict[str, Any]:
+    """Return what ``config.toml`` holds of the run itself, without secrets."""
+    config = service.model_dump(mode="json", exclude_none=True)
+    config["broker"] = str(network.address)
+    if url is not None:
+        config["store"] = shown(url)
+    return {
+        "service": config,
+        "hashes": {
+            "base": identity.sha256,
+            "tokenizer": identity.tokenizer_sha256,
+            "binding": settings.binding,
+            "layout": joint_sha256(plan.layout for plan in settings.stages),
+        },
+    }
 
 
 def _stage_plan(service: Service, stage: Stage, layout: Layout) -> StagePlan:

@@ -26,9 +26,10 @@ class RunSettings:
         patience_seconds: In emulation, how long the run waits for its own workers before it fails;
             in deployment, how long it waits for held-out results.
         known_clients: The only devices that may take part; without it, any that fits.
-        cohort: Who trains in a round of an emulated run; without it every device.
+        cohort: Who trains in a round; without it every device (in deployment, that is there).
         refuses_hopeless_deadline: Whether a deadline that no client meets in the first round ends
             the run as a mistake, instead of rounds without an update.
+        silence_seconds: In deployment, after how long without a word a device is taken for gone.
         waits_for_channel: Whether an emulated upload waits for good coherence blocks.
     """
 
@@ -51,4 +52,5 @@ class RunSettings:
     cohort: CohortRule | None = None
     waits_for_channel: bool = False
     refuses_hopeless_deadline: bool = False
+    silence_seconds: float | None = None
     limits: UploadLimits = field(default_factory=UploadLimits)

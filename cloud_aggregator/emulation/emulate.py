@@ -27,6 +27,7 @@ from cloud_aggregator.experiment import Experiment, check_experiment, check_same
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.server import Aggregator
+from cloud_aggregator.store import Store
 from cloud_aggregator.trackers import open_trackers
 from device_profiles.config_files import read_toml
 from device_profiles.errors import InputError
@@ -63,6 +64,7 @@ def emulate(
         MissingExtraError: If the packages that train or track are not installed.
         BrokerUnavailableError: If the broker does not answer.
         RunFailedError: If the run cannot go on.
+        StoreError: If its store cannot be read or written.
     """
     require_edge()
     check_experiment(experiment, "experiment")
@@ -72,6 +74,7 @@ def emulate(
     check_plan_memory(planned)
     record = run_record(planned, resume=resume)
     with contextlib.ExitStack() as stack:
+        store = stack.enter_context(Store(folder.path, experiment.run_name))
         tracked = stack.enter_context(open_trackers(track, folder))
 
         def tell(event: str, **fields: Any) -> None:
@@ -90,6 +93,7 @@ def emulate(
             record,
             folder,
             network,
+            store=store,
             notify=tell,
             memory=lambda: pool[0].memory() if pool else psutil.Process().memory_info().rss,
         )

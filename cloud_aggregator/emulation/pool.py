@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 
 from cloud_aggregator.emulation.fleet import BROKER_VARIABLE, WorkerSpec
+from cloud_aggregator.errors import RunFailedError
 from cloud_aggregator.run_folder import write_atomically
-from cloud_aggregator.server import RunFailedError
 from device_profiles.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from cloud_aggregator.errors import RunFailedError
 from cloud_aggregator.methods import METHODS, stage_layout
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder, read_record
-from cloud_aggregator.server import RunFailedError
 from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.spool import SpoolFullError
 from device_profiles.errors import InputError
@@ -636,6 +636,7 @@ def test_a_full_disk_ends_the_run_in_words_and_it_goes_on_once_there_is_room(
     kept = read_record(stage.path)
     assert (kept.status, kept.stop_reason) == ("failed", str(told.value))
     assert len(kept.rounds) == 1
+    (RunFolder(stage.path).spool_path / "2" / "b.part").unlink()  # there is room again
     stage.aggregator(record=kept).run()
     assert comparable(stage.path) == undisturbed
 

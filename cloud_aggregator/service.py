@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -149,10 +150,11 @@ def serve(
     *,
     notify: Callable[..., None],
     on_start: Callable[[Aggregator], None],
+    clock: Callable[[], float] = time.monotonic,
 ) -> RunRecord:
     """Run the aggregator until the run is done or stopped; return its record.
 
-    A missing broker is tried again and again, with back-off.
+    A missing broker is tried again and again, with back-off. ``clock`` gives monotonic seconds.
 
     Raises:
         InputError: If base, folder, store or broker address are not usable, or another aggregator
@@ -182,6 +184,7 @@ def serve(
             store=store,
             notify=tell,
             memory=lambda: psutil.Process().memory_info().rss,
+            clock=clock,
         )
         on_start(server)
         return server.run()

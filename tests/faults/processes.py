@@ -113,16 +113,24 @@ class Actor:
         name: In what a failing test says.
         program: That runs.
         hold: Where it is to stop.
+        heard: Called on each event, on a thread.
         options: Of the program.
     """
 
     def __init__(
-        self, name: str, program: Program, *, hold: Hold | None = None, **options: Any
+        self,
+        name: str,
+        program: Program,
+        *,
+        hold: Hold | None = None,
+        heard: Callable[[], None] = lambda: None,
+        **options: Any,
     ) -> None:
         self.name = name
         self.told: list[Told] = []
         self._changed = threading.Condition()
         self._over = False
+        self._heard = heard
         self._options = options  # a clock lives as long as someone here holds it
         self._pipe, theirs = _context.Pipe()
         arguments = (program, theirs, hold, options)
@@ -144,6 +152,7 @@ class Actor:
                 else:
                     self.told.append(told)
                 self._changed.notify_all()
+            self._heard()
             if told is None:
                 return
 
@@ -161,7 +170,7 @@ class Actor:
         """Return once ``holds`` of everything that was told; fail if it cannot any more."""
         with self._changed:
             self._changed.wait_for(lambda: holds(self.told) or self._over, LIMIT)
-            assert holds(self.told), f"{self.name}: no {what} among {self.told[-30:]}"
+            assert holds(self.told), f"{self.name}: no {what} among {self._last}"
 
     def wait_for(self, event: str, *, times: int = 1, **fields: Any) -> None:
         """Return once an event with these fields was told so many times."""
@@ -178,6 +187,10 @@ class Actor:
     def let_go(self) -> None:
         """Let a held program go on."""
         self._pipe.send("go on")
+
+    @property
+    def _last(self) -> str:
+        return "\n".join(f"{event} {fields}" for event, fields in self.told[-20:])
 
     def kill(self) -> None:
         """End the process as the kernel does where memory runs out: it has no say in it."""
@@ -201,15 +214,15 @@ class Actor:
     def finish(self) -> dict[str, Any]:
         """Wait for a program that must end well; return what it had to say at its end."""
         self._process.join(LIMIT)
-        assert self._process.exitcode is not None, f"{self.name} did not end: {self.told[-30:]}"
+        assert self._process.exitcode is not None, f"{self.name} did not end: {self._last}"
         self._reader.join(LIMIT)
-        assert self._process.exitcode == 0, f"{self.name} failed: {self.told[-30:]}"
+        assert self._process.exitcode == 0, f"{self.name} failed: {self._last}"
         return self.all("ended")[-1]
 
     def fail(self) -> tuple[int, str]:
         """Wait for a program that must fail; return its exit status and what it said."""
         self._process.join(LIMIT)
-        assert self._process.exitcode, f"{self.name} did not fail: {self.told[-30:]}"
+        assert self._process.exitcode, f"{self.name} did not fail: {self._last}"
         self._reader.join(LIMIT)
         return self._process.exitcode, self.all("failed")[-1]["said"]
 

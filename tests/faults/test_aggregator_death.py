@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.faults.conftest import DEVICES, Play
+from tests.faults.play import DEVICES, Play
 from tests.faults.processes import Hold, at
 
 pytestmark = pytest.mark.faults

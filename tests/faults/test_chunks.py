@@ -14,7 +14,7 @@ import pytest
 
 from messaging.chunks import HEADER, HEADER_BYTES
 from tests.faults.base import CHUNKS
-from tests.faults.conftest import DEVICES, Play
+from tests.faults.play import DEVICES, Play
 from tests.faults.processes import Clock
 from tests.faults.wire import Publish, Spoil, Wire
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import DEVICES, Play
+from tests.faults.play import DEVICES, Play
 from tests.faults.processes import at
 
 pytestmark = pytest.mark.faults

@@ -16,8 +16,8 @@ from messaging.chunks import HEADER, MAGIC, make_chunk, parse_chunk
 from messaging.errors import ProtocolError
 from messaging.protocol import decode
 from tests.faults.base import CHUNK_BYTES, RUN
-from tests.faults.conftest import DEVICES, Play
 from tests.faults.intruder import Intruder
+from tests.faults.play import DEVICES, Play
 from tests.faults.processes import Clock, at
 
 pytestmark = pytest.mark.faults

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.conftest import Play
+from tests.faults.play import Play
 from tests.faults.processes import Clock, Hold, at
 from tests.faults.wire import Wire
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.broker import Mosquitto
-from tests.faults.conftest import DEVICES, Play
+from tests.faults.play import DEVICES, Play
 from tests.faults.processes import Clock, at, ended
 from tests.faults.wire import Wire
 

@@ -96,9 +96,11 @@ class Phases:
         A broker that is restarted now has forgotten what it was told; who comes back asks again.
         """
         self._desk.dismiss(reason)
-        self._inbox.wait(lambda: not self._registry.online, self._settings.gather_seconds)
         if self._settings.virtual_time:
+            self._inbox.wait(lambda: not self._registry.online, self._settings.gather_seconds)
             self._desk.clear_manifest()
+        else:
+            self._inbox.wait(lambda: self._registry.all_left, self._settings.farewell_seconds)
 
     # -- to train --------------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ class Registry:
         self._scoring = scoring
         self._sessions: dict[str, str] = {}
         self._online: set[str] = set()
+        self._left: set[str] = set()
         self.devices: dict[str, DeviceRecord] = {
             name: record
             for name, record in (devices or {}).items()
@@ -63,8 +64,8 @@ class Registry:
             ProtocolError: If the device is built on something else than the run.
         """
         if not hello.online:
-            if self._sessions.get(hello.client) == hello.session:
-                self._online.discard(hello.client)
+            if self._sessions.get(hello.client, hello.session) == hello.session:
+                self._leave({hello.client})
             return False
         if self._known is not None and hello.client not in self._known:
             raise ProtocolError("identity", f"'{hello.client}' is no client of this run")
@@ -115,6 +116,11 @@ class Registry:
         """Note that a device said something in its newest session: it is there."""
         self._heard[client] = self._listened
         self._online.add(client)
+        self._left.discard(client)
+
+    def _leave(self, clients: set[str]) -> None:
+        self._online -= clients
+        self._left |= clients
 
     def look(self, now: float) -> list[str]:
         """Return who has just fallen silent for too long, in client order; called every second.
@@ -128,7 +134,7 @@ class Registry:
             return []
         limit = self._listened - self._silence
         silent = sorted(i for i in self._online if self._heard.get(i, 0.0) < limit)
-        self._online.difference_update(silent)
+        self._leave(set(silent))
         return silent
 
     def reconnected(self) -> None:
@@ -154,3 +160,11 @@ class Registry:
     def online(self) -> list[str]:
         """Devices that are there, in client order."""
         return sorted(self._online)
+
+    @property
+    def all_left(self) -> bool:
+        """Whether every device of the run has said that it leaves, or is taken for gone.
+
+        One that an earlier process knew may be there until it has said so to this one.
+        """
+        return self._left >= set(self.devices)

@@ -74,7 +74,8 @@ class Service(Config):
         broker: ``mqtt://HOST:PORT`` (``mqtts`` for TLS).
         out: The run's folder; a run that is there goes on.
         clients: How many devices it waits for.
-        minimum_clients: With how many it begins after ``gather_seconds``.
+        minimum_clients: With how many it begins after ``gather_seconds``, and each later round at
+            least. For so long at most it also tells devices that the run is over.
         rounds: At most, of instruction tuning; and so ``local_steps``, ``batch_size`` and
             ``learning_rate``. The other stages have a section each: see
             ``RewardSection`` and ``AlignmentSection``.
@@ -225,6 +226,7 @@ def _settings(service: Service, identity: BaseIdentity) -> RunSettings:
         rules=RoundRules(quorum=service.quorum, deadline_seconds=service.deadline_seconds),
         virtual_time=False,
         patience_seconds=service.evaluation_seconds,
+        farewell_seconds=service.gather_seconds,
         limits=UploadLimits(grants=service.grants, window=service.window),
     )
 

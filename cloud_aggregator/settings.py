@@ -30,6 +30,8 @@ class RunSettings:
         refuses_hopeless_deadline: Whether a deadline that no client meets in the first round ends
             the run as a mistake, instead of rounds without an update.
         silence_seconds: In deployment, after how long without a word a device is taken for gone.
+        farewell_seconds: In deployment, how long the end is said to devices that have not left: a
+            broker that falls just then has forgotten it.
         waits_for_channel: Whether an emulated upload waits for good coherence blocks.
     """
 
@@ -53,4 +55,5 @@ class RunSettings:
     waits_for_channel: bool = False
     refuses_hopeless_deadline: bool = False
     silence_seconds: float | None = None
+    farewell_seconds: float = 0.0
     limits: UploadLimits = field(default_factory=UploadLimits)

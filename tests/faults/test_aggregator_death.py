@@ -23,6 +23,7 @@ STATES = {
     "evaluated": at("round", round=1),
     "all updates of the last round in": at("update", round=2, times=3),
     "the last round evaluated": at("round", round=2),
+    "saying that the run is over": at("hello", online=False),
 }
 
 
@@ -36,4 +37,17 @@ def test_an_aggregator_killed_in_any_state_ends_with_the_same_bits(
     doomed.kill()
     play.finish(play.cloud(), *devices.values())
     assert play.accepted == [list(DEVICES)] * 2
+    assert play.states == undisturbed()
+
+
+def test_an_aggregator_killed_when_all_have_left_ends_when_it_is_started_again(
+    play: Play, undisturbed: Callable[..., dict[int, str]]
+) -> None:
+    doomed = play.cloud(hold=at("end"))
+    devices = play.others()
+    for device in devices.values():
+        device.finish()
+    doomed.wait_held()
+    doomed.kill()
+    play.finish(play.cloud())
     assert play.states == undisturbed()

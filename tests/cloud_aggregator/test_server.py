@@ -835,7 +835,7 @@ def test_a_device_that_joins_later_is_measured_at_once_and_trains_in_the_next_ro
 
 
 def test_it_waits_when_every_device_has_left(stage: Stage) -> None:
-    run = Deployed(stage)
+    run = Deployed(stage, minimum_clients=1)
     run.begin()
     for puppet in (run.a, run.b):
         puppet.expect_task("train", 1)

@@ -68,6 +68,11 @@ class Course:
         return [r for r in self.record.rounds if r.stage == plan.stage]
 
     @property
+    def first_round(self) -> int:
+        """Number of the first round of the stage."""
+        return 1 + sum(r.stage != self.plan.stage for r in self.record.rounds)
+
+    @property
     def must_measure_first(self) -> bool:
         """Whether the stage begins, and nothing has been measured on what it begins with."""
         stage = self.plan.stage
@@ -100,7 +105,9 @@ class Course:
         shelf.enter(plan.layout)
         if plan.layout.specs:
             self._put_first(plan)
-            if newest := max((r.round for r in self._rounds_of(plan) if r.accepted), default=0):
+            private = self.settings.counting.privacy is not None
+            moved = [r.round for r in self._rounds_of(plan) if private or r.moved]
+            if newest := max(moved, default=0):
                 shelf.put(shelf.load(newest), newest)
 
     def _put_first(self, plan: StagePlan) -> None:
@@ -121,6 +128,21 @@ class Course:
             for ref in (self.reward, self.reference):
                 if ref is not None:
                     shelf.pin(ref)
+
+    def prune(self) -> None:
+        """Remove the global states that the run's policy does not keep.
+
+        Of each stage the newest ``keep_states`` stay. The newest of every stage is what a run goes
+        on from, what alignment scores by and begins with, and what an export reads.
+        """
+        most = self.settings.keep_states
+        if most is None:
+            return
+        for plan in self.settings.stages:
+            made = [r.round for r in self._rounds_of(plan)]
+            there = [n for n in made if self.shelf.has(n)]
+            for number in there[:-most]:
+                self.shelf.remove(number)
 
     def weight(self, device: DeviceRecord) -> int:
         """Return by how much a device's update counts in this stage."""

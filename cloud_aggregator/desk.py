@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 
 from cloud_aggregator.course import Course
 from cloud_aggregator.intake import Intake
+from cloud_aggregator.reconnects import Reconnects
 from cloud_aggregator.registry import Registry
 from cloud_aggregator.tasks import make_manifest, stop_task
 from messaging import topics
@@ -78,6 +79,7 @@ class Desk:
         self._notify = notify
         self._clock = clock
         self._finished: str | None = None
+        self._reconnects = Reconnects(len(registry.devices))
 
     # -- down ------------------------------------------------------------------------------------
 
@@ -104,6 +106,7 @@ class Desk:
             session=self._session,
             epoch=self._epoch,
             finished=self._finished is not None,
+            reconnect_seconds=self._reconnects.seconds,
         )
         self._transport.publish(topics.manifest(self._run), encode(manifest), retain=True)
 
@@ -179,6 +182,8 @@ class Desk:
             )
             raise
         device = self._registry.devices.get(hello.client)
+        if there and self._reconnects.greeted(self._clock(), len(self._registry.devices)):
+            self.publish_manifest()
         self._notify(
             "hello",
             client=hello.client,

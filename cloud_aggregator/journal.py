@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable
 
 from cloud_aggregator.intake import Intake
+from cloud_aggregator.privacy import draw_noise_key
 from cloud_aggregator.registry import Registry
 from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.spool import Spool
@@ -27,16 +28,23 @@ class Journal:
         store: Of the run.
         folder: Of the run.
         max_staleness: Rounds for which late updates are kept; without it none is.
+        draws_noise: Whether a round that closes draws the key of its noise.
 
     Attributes:
         stale: Late updates that wait for a later round; none where they are left out.
     """
 
     def __init__(
-        self, store: Store, folder: RunFolder, *, max_staleness: int | None = None
+        self,
+        store: Store,
+        folder: RunFolder,
+        *,
+        max_staleness: int | None = None,
+        draws_noise: bool = False,
     ) -> None:
         self._store = store
         self._folder = folder
+        self._draws_noise = draws_noise
         self.stale = (
             None if max_staleness is None else StaleUpdates(folder.stale_path, max_staleness)
         )
@@ -78,17 +86,25 @@ class Journal:
         """Return the updates of a round."""
         return Spool(self._folder.spool_path / str(number), self._store.ledger(number))
 
-    def close(self, intake: Intake, *, noise_key: int | None = None) -> None:
-        """Put down whose updates count, and what is folded in besides, before it is aggregated."""
-        round_ = intake.round
+    def close(self, intake: Intake) -> int | None:
+        """Put down whose updates count, and what is folded in besides, before it is aggregated.
+
+        Returns:
+            The key of the round's noise, drawn once whatever happens; none where there is none.
+        """
+        round_, opened = intake.round, self._store.round(intake.number)
+        key = opened.noise_key if opened is not None else None
+        if key is None and self._draws_noise:
+            key = draw_noise_key()
         self._store.close_round(
             intake.number,
             round_.accepted,
             round_.closed_at or 0.0,
             {client: round_.status(client) for client in round_.cohort},
-            noise_key=noise_key,
+            noise_key=key,
         )
         intake.folded()
+        return key
 
     def reopen(self, intake: Intake) -> None:
         """Make a round be done again, by the same cohort, if the run breaks off from here."""

@@ -133,6 +133,8 @@ class Phases:
     def _open(self, number: int) -> Intake:
         """Return the updates of a round: of one that an earlier process began, what it took."""
         stage = self._course.plan.stage
+        if self._journal.stale is not None:
+            self._journal.stale.forget_before(self._course.first_round)
         opened = self._journal.round(number, stage)
         if opened is None:
             wanted, cohort = self._cohort()

@@ -22,6 +22,7 @@ class Registry:
         epochs: The most starts that each of them has come with.
         silence_seconds: After as long without a word a device is taken for gone; without it, only
             its last will says so.
+        private: Whether devices may take part only if they withhold what they hold.
 
     Attributes:
         devices: That have been there, by their names.
@@ -37,6 +38,7 @@ class Registry:
         devices: Mapping[str, DeviceRecord] | None = None,
         epochs: Mapping[str, int] | None = None,
         silence_seconds: float | None = None,
+        private: bool = False,
     ) -> None:
         self._known = known
         self._binding = binding
@@ -53,6 +55,7 @@ class Registry:
         self._epochs = dict(epochs or {})
         self._changed: set[str] = set()
         self._silence = silence_seconds
+        self._private = private
         self._listened = 0.0  # seconds in which a device could be heard
         self._looked: float | None = None
         self._heard: dict[str, float] = {}
@@ -83,6 +86,12 @@ class Registry:
             )
         if hello.device is None or hello.device.id != hello.client:
             raise ProtocolError("identity", "HELLO without a record of the device that sends it")
+        if self._private and not _withholds(hello.device):
+            raise ProtocolError(
+                "privacy",
+                f"the run is private and device '{hello.client}' says what it holds; set private = "
+                "true in its configuration",
+            )
         others = {self.devices[name].scoring for name in self._online if name != hello.client}
         wanted = others if self._scoring is None else {self._scoring}
         if wanted - {hello.device.scoring}:
@@ -168,3 +177,9 @@ class Registry:
         One that an earlier process knew may be there until it has said so to this one.
         """
         return self._left >= set(self.devices)
+
+
+def _withholds(device: DeviceRecord) -> bool:
+    """Return whether a record says nothing of its device's data."""
+    told = device.held_out_examples or device.categories or device.preference_pairs > 1
+    return device.examples == 1 and not told

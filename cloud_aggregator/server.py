@@ -12,13 +12,16 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from cloud_aggregator.aggregation import AGGREGATIONS
+import numpy as np
+
+from cloud_aggregator.combining import Combined, combine
 from cloud_aggregator.course import Course
 from cloud_aggregator.desk import Desk
 from cloud_aggregator.inbox import Inbox, StoppedError
 from cloud_aggregator.intake import Intake
 from cloud_aggregator.journal import Journal
 from cloud_aggregator.phases import Phases
+from cloud_aggregator.privacy import emulated_noise, noise_generator, privacy_record
 from cloud_aggregator.records import Observed, RoundRecord, RunRecord
 from cloud_aggregator.registry import Registry
 from cloud_aggregator.round_record import round_record
@@ -27,6 +30,7 @@ from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.stages import StagePlan
 from cloud_aggregator.store import Store
 from cloud_aggregator.summary import client_before, global_figures, summarise
+from device_profiles.errors import InputError
 from messaging import topics
 from messaging.layout import Vector
 from messaging.protocol import Report
@@ -81,6 +85,7 @@ class Aggregator:
             devices=store.devices(),
             epochs=store.epochs(),
             silence_seconds=settings.silence_seconds,
+            private=settings.counting.privacy is not None,
         )
         self._inbox = Inbox(
             take=self._received,
@@ -102,7 +107,12 @@ class Aggregator:
             notify=notify,
             clock=clock,
         )
-        self._journal = Journal(store, folder)
+        self._journal = Journal(
+            store,
+            folder,
+            max_staleness=settings.counting.max_staleness,
+            draws_noise=settings.counting.privacy is not None and not settings.virtual_time,
+        )
         self._phases = Phases(
             self._course,
             self._registry,
@@ -135,6 +145,7 @@ class Aggregator:
                 another has followed.
         """
         self._course.check_order()
+        self._account()
         self._transport.start()
         try:
             self._journal.begin(len(self.record.rounds))
@@ -177,6 +188,26 @@ class Aggregator:
         self.record.status = status
         self.record.stop_reason = reason
         self._write_record()
+
+    def _account(self) -> None:
+        """Say in the record what the rounds so far have spent of each client's privacy.
+
+        Raises:
+            InputError: If its earlier rounds were made under other settings of privacy.
+        """
+        settings = self.settings.counting.privacy
+        if settings is not None:
+            self.record.privacy = privacy_record(
+                settings,
+                len(self.record.rounds),
+                repeatable_noise=self.settings.virtual_time,
+                earlier=self.record.privacy,
+            )
+        elif self.record.privacy is not None and self.record.privacy.rounds:
+            raise InputError(
+                f"the run's {self.record.privacy.rounds} rounds were made with [privacy], and it "
+                "is asked to go on without; give the section as it was, or start a new run"
+            )
 
     def _write_record(self) -> None:
         self.record.summary = summarise(self.record)
@@ -225,9 +256,9 @@ class Aggregator:
     def _do_round(self, number: int) -> None:
         began = self._clock()
         intake = self._phases.train(number)
-        self._journal.close(intake)
+        noise_key = self._journal.close(intake)
         vector = self._course.shelf.vector
-        self._aggregate(intake, vector)
+        combined = self._aggregate(intake, vector, noise_key)
         reports = self._phases.evaluate(
             number, {i: intake.round.status(i) for i in intake.round.cohort}
         )
@@ -249,23 +280,43 @@ class Aggregator:
                 peak_memory_bytes=self._peak_memory,
                 refused=dict(self._desk.refused + intake.refused),
             ),
+            released=combined.state is not None,
+            unchanged=combined.unchanged,
         )
         if why:
             record.taken_back, record.dropped = why, figures
         self._desk.refused.clear()
         self.record.rounds.append(record)
+        self._account()
         self._write_record()
         self._journal.finish(intake)
+        self._course.prune()
         self._notify_round(record)
 
-    def _aggregate(self, intake: Intake, vector: Vector | None) -> None:
-        """Fold the accepted updates into the state, and publish what comes of it."""
-        if intake.round.accepted and vector is not None:
-            aggregate = AGGREGATIONS[self._course.average]
-            layout = self._course.plan.layout
-            after = aggregate(vector, intake.accepted_updates(), layout)
-            self._course.shelf.put(after, intake.number)
+    def _aggregate(self, intake: Intake, vector: Vector | None, noise_key: int | None) -> Combined:
+        """Fold the updates that count into the state, and publish what comes of it."""
+        if vector is None:
+            return Combined(state=None)
+        combined = combine(
+            self.settings.counting,
+            vector,
+            intake,
+            self._course.plan.layout,
+            average=self._course.average,
+            noise=self._noise(intake.number, noise_key),
+        )
+        if combined.state is not None:
+            self._course.shelf.put(combined.state, intake.number)
             self._desk.publish_manifest()
+        return combined
+
+    def _noise(self, number: int, key: int | None) -> np.random.Generator | None:
+        """Return the generator of a round's noise; none where the run is not private."""
+        if self.settings.counting.privacy is None:
+            return None
+        if key is None:
+            return emulated_noise(self.settings.seed, number)
+        return noise_generator(key)
 
     def _take_back(self, number: int, vector: Vector | None) -> dict[str, Report]:
         """Make what was there before a round come of it, everywhere; return what is measured."""
@@ -282,6 +333,9 @@ class Aggregator:
             accepted=len(record.accepted),
             clients=len(record.clients),
             taken_back=record.taken_back,
+            stale=len(record.stale),
+            unchanged=record.unchanged,
+            epsilon=self.record.privacy.epsilon if self.record.privacy else None,
             **record.global_.model_dump(),
             upload_bytes=sum(c.upload_bytes for c in record.clients),
             virtual_seconds=record.virtual_seconds,

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import psutil
 from pydantic import Field
 
+from cloud_aggregator.cohort import CohortRule
+from cloud_aggregator.counting import CountingKeys, check_counting
 from cloud_aggregator.database import shown
 from cloud_aggregator.methods import METHODS, ModuleShape, find_method, stage_layout
 from cloud_aggregator.records import DataRecord, ModelRecord, PricedRecord, RunRecord
@@ -38,6 +40,8 @@ log = logging.getLogger(__name__)
 
 #: Of the environment: the address of the run's store, in place of the configuration's.
 STORE_VARIABLE = "PWFF_STORE"
+
+_SILENT_BEATS = 3
 
 
 class RewardSection(Config):
@@ -66,7 +70,7 @@ class AlignmentSection(Config):
     settings: AlignmentSettings = AlignmentSettings()
 
 
-class Service(Config):
+class Service(CountingKeys):
     """One deployed run.
 
     Attributes:
@@ -79,7 +83,14 @@ class Service(Config):
         rounds: At most, of instruction tuning; and so ``local_steps``, ``batch_size`` and
             ``learning_rate``. The other stages have a section each: see
             ``RewardSection`` and ``AlignmentSection``.
-        deadline_seconds: Of a training round, on this machine's clock.
+        cohort: Devices whose updates a round wants, drawn each alike among those that are there; by
+            default every one that is there. ``aggregation`` and what goes with it is described in
+            ``cloud_aggregator.counting.CountingKeys``.
+        quorum: Share of them whose updates end a round.
+        deadline_seconds: Of a training round, on this machine's clock; after a restart, anew.
+        replacements: Whether another device is asked in the place of one that vanished, while
+            there is time.
+        heartbeat_seconds: The devices'; after three of them without a word, one is taken for gone.
         evaluation_seconds: How long it waits for held-out results.
         store: Where the run's state is: ``sqlite:///FILE`` or
             ``postgresql+psycopg://USER@HOST/DATABASE``; by default ``state.sqlite`` in ``out``. An
@@ -108,8 +119,11 @@ class Service(Config):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     codec: Codec = "fp32"
     chunk_bytes: Annotated[int, Field(ge=1024, le=262_144)] = CHUNK_BYTES
+    cohort: Annotated[int, Field(ge=1, le=100_000)] | None = None
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.8
     deadline_seconds: Annotated[float, Field(gt=0, le=1e6)] = 3600.0
+    replacements: bool = True
+    heartbeat_seconds: Annotated[float, Field(ge=1, le=3600)] = 30.0
     evaluation_seconds: Annotated[float, Field(gt=0, le=1e6)] = 600.0
     epsilon: Annotated[float, Field(ge=0)] = 0.001
     patience: Annotated[int, Field(ge=0)] = 5
@@ -118,6 +132,21 @@ class Service(Config):
     store: Annotated[str | None, Field(repr=False)] = None
     reward: RewardSection = RewardSection()
     alignment: AlignmentSection = AlignmentSection()
+
+    @property
+    def rules(self) -> RoundRules:
+        """When a training round ends."""
+        return RoundRules(
+            quorum=self.quorum,
+            deadline_seconds=self.deadline_seconds,
+            over_selection=self.over_selection,
+            replacements=self.replacements,
+        )
+
+    @property
+    def wanted(self) -> int:
+        """Clients that a round is to have."""
+        return self.cohort or self.clients
 
     @property
     def total_rounds(self) -> int:
@@ -143,6 +172,19 @@ def load_service(path: Path) -> Service:
             f"{path}: minimum_clients = {service.minimum_clients} is above clients = "
             f"{service.clients}; give at most that"
         )
+    if service.cohort is not None and service.cohort > service.clients:
+        raise InputError(
+            f"{path}: cohort = {service.cohort} is above clients = {service.clients}; give at most "
+            "that"
+        )
+    check_counting(
+        service,
+        service.rules,
+        method=service.method,
+        stages=parse_stages(service.stages, find_method(service.method)),
+        wanted=service.wanted,
+        has_cohort=service.cohort is not None,
+    )
     return service
 
 
@@ -223,12 +265,22 @@ def _settings(service: Service, identity: BaseIdentity) -> RunSettings:
         codec=service.codec,
         max_length=service.max_length,
         chunk_bytes=service.chunk_bytes,
-        rules=RoundRules(quorum=service.quorum, deadline_seconds=service.deadline_seconds),
+        rules=service.rules,
+        counting=service.counting(service.rules, service.wanted),
+        keep_states=service.keep_states,
+        cohort=_cohort(service),
+        silence_seconds=_SILENT_BEATS * service.heartbeat_seconds,
         virtual_time=False,
         patience_seconds=service.evaluation_seconds,
         farewell_seconds=service.gather_seconds,
         limits=UploadLimits(grants=service.grants, window=service.window),
     )
+
+
+def _cohort(service: Service) -> CohortRule | None:
+    if service.cohort is None:
+        return None
+    return CohortRule(size=service.cohort, selection="uniform", seed=service.seed)
 
 
 def _config(
@@ -284,6 +336,7 @@ def _record(service: Service, identity: BaseIdentity, folder: RunFolder) -> RunR
             "seed": (record.seed, service.seed),
             "method": (record.method, service.method),
             "codec": (record.codec, service.codec),
+            "aggregation": (record.aggregation, service.aggregation),
             "stages": (record.stages, parse_stages(service.stages, find_method(service.method))),
             "base": (record.model.sha256, identity.sha256),
             "tokenizer": (record.model.tokenizer_sha256, identity.tokenizer_sha256),
@@ -305,6 +358,7 @@ def _record(service: Service, identity: BaseIdentity, folder: RunFolder) -> RunR
         workers=0,
         transport="mqtt",
         codec=service.codec,
+        aggregation=service.aggregation,
         model=model_record(identity),
         data=DataRecord(source="the clients' own", examples=0),
     )

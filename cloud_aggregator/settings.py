@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cloud_aggregator.cohort import CohortRule
+from cloud_aggregator.counting import Counting
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.stages import StagePlan
 from device_profiles.methods import ModuleShape
@@ -29,6 +30,8 @@ class RunSettings:
         cohort: Who trains in a round; without it every device (in deployment, that is there).
         refuses_hopeless_deadline: Whether a deadline that no client meets in the first round ends
             the run as a mistake, instead of rounds without an update.
+        counting: Which updates count, and for how much.
+        keep_states: Of each stage, the newest global states that stay; none keeps all.
         silence_seconds: In deployment, after how long without a word a device is taken for gone.
         farewell_seconds: In deployment, how long the end is said to devices that have not left: a
             broker that falls just then has forgotten it.
@@ -54,6 +57,8 @@ class RunSettings:
     cohort: CohortRule | None = None
     waits_for_channel: bool = False
     refuses_hopeless_deadline: bool = False
+    counting: Counting = field(default_factory=Counting)
+    keep_states: int | None = None
     silence_seconds: float | None = None
     farewell_seconds: float = 0.0
     limits: UploadLimits = field(default_factory=UploadLimits)

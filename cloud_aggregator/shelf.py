@@ -5,6 +5,7 @@ The newest, the one before it, and those that are pinned: what a later stage goe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 
@@ -92,6 +93,17 @@ class Shelf:
             raise InputError(
                 f"{path} is missing, damaged or of another run's shape; the run cannot go on"
             ) from err
+
+    def has(self, round_: int) -> bool:
+        """Return whether the state after a round is in the run's folder."""
+        return self._folder.global_path(round_).exists()
+
+    def remove(self, round_: int) -> None:
+        """Remove the state after a round from the run's folder."""
+        path = self._folder.global_path(round_)
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody put something else beside it
+            path.parent.rmdir()
 
     def answer(self, want: Want, send: Callable[[bytes], None]) -> None:
         """Send the first chunks of those that a device lacks.

@@ -108,6 +108,16 @@ class StaleUpdates:
             if self.counted(offer.round, offer.client, before=number):
                 self._remove(offer.round, offer.client)
 
+    def forget_before(self, number: int) -> None:
+        """Drop what is of an earlier round than ``number``: of another stage, it fits no more."""
+        for path in self._folder.glob("round-*.json"):
+            if int(path.stem.removeprefix("round-")) < number:
+                path.unlink()
+        self._rounds = {n: closed for n, closed in self._rounds.items() if n >= number}
+        for held in self._all_held():
+            if held.offer.round < number:
+                self._remove(held.offer.round, held.offer.client)
+
     def decided(self, number: int) -> ClosedRound | None:
         """Return what was decided for a round."""
         return self._rounds.get(number)

@@ -47,7 +47,7 @@ from messaging.transfer import SILENCE_SECONDS, Download, Upload
 log = logging.getLogger(__name__)
 
 _DOWN_WINDOW = 8
-FATAL_REJECTS = frozenset({"base", "layout"})  # the same device will be refused again
+FATAL_REJECTS = frozenset({"base", "layout", "privacy"})  # the same device will be refused again
 
 Publish = Callable[[str, bytes, bool], None]
 

@@ -62,6 +62,8 @@ class Client(Config):
         prompts: That alignment answers, ``kit`` or a file; by default the pairs' own.
         trunk_precision: The run's: of the bare base whose hidden states reward models read.
         held_out_share: Of the device's examples, where the data does not say itself.
+        private: Whether nothing leaves the device but updates and what they cost: no loss, count or
+            figure. A run with ``[privacy]`` takes private devices alone.
         helpfulness: The user's preference; harmlessness has the rest.
         threads: Processor threads.
         checkpoint_steps: Training steps after which it is written down where the training stands:
@@ -89,6 +91,7 @@ class Client(Config):
     lora_rank: int | None = None
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    private: bool = False
     helpfulness: Annotated[float, Field(ge=0, le=1)] = 0.5
     channel: Literal["paper", "profile"] = "profile"
     chunk_bytes: Annotated[int, Field(ge=1024, le=262_144)] = CHUNK_BYTES
@@ -194,6 +197,7 @@ def _local_client(
         scoring=scoring(client.trunk_precision) if own.train else "",
         precision=planned_precision(profile) if client.precision == "auto" else client.precision,
         costs="measured",
+        private=client.private,
     )
     _check_memory(client, identity, device)
     model = PackedModel(
@@ -228,6 +232,7 @@ def _local_client(
         profile=profile,
         link=link,
         folder=folder,
+        private=client.private,
     )
 
 

@@ -109,6 +109,7 @@ def build_clients(spec: WorkerSpec, interruption: Interruption | None = None) ->
             profile=client.profile,
             link=link_of(client.device),
             folder=folder.client_path(client.device.id),
+            private=spec.private,
         )
         for client in spec.clients
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from cloud_aggregator.server import Aggregator
 from cloud_aggregator.service import Service, serve
 from tests.faults.base import ADAPTER_SIZE, CHUNK_BYTES, LORA_RANK, PLACEMENT, RUN
-from tests.faults.processes import Line, set_calendar
+from tests.faults.processes import Line, on_terminate, set_calendar
 
 
 def aggregate(
@@ -62,7 +61,7 @@ def aggregate(
     }
 
     def start(server: Aggregator) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: server.stop())
+        on_terminate(line, server.stop)
         line.tell("serving")
 
     record = serve(

@@ -9,10 +9,10 @@ the wrong round shows in the bits of the global state.
 from __future__ import annotations
 
 import hashlib
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from messaging.protocol import Channel, DeviceRecord, Preference, Task
 from messaging.transport import Connected, Deliver, Transport, Will
 from quantization.identity import BaseIdentity, binding, identify
 from tests.faults.base import ADAPTER_SIZE, CHUNK_BYTES, LAYERS, LORA_RANK, PLACEMENT, RUN
-from tests.faults.processes import Line, set_calendar
+from tests.faults.processes import Line, on_terminate, set_calendar
 
 _OWN = "lesson.own"
 _MOMENT = "lesson.moment"
@@ -138,7 +138,7 @@ class Lesson:
             done.append(float(step))
             self._tell("step", round=task.round, step=step)
             standing = _standing(done, values, moment, own)
-            self._progress.stepped(fingerprint, step, lambda standing=standing: standing)
+            self._progress.stepped(fingerprint, step, partial(_same, standing))
         if self._poison is not None:
             values = np.full_like(values, self._poison)
         return Trained(
@@ -155,6 +155,10 @@ class Lesson:
         size = float(np.abs(states.shared).mean(dtype=np.float64))
         self._tell("measured", round=task.round, outcome=task.outcome)
         return Measured(examples=1, eval_loss=size, eval_accuracy=1 / (1 + size))
+
+
+def _same(standing: Standing) -> Standing:
+    return standing
 
 
 def _standing(done: list[float], *arrays: np.ndarray[Any, np.dtype[np.float32]]) -> Standing:
@@ -277,6 +281,6 @@ def take_part(
         heartbeat_seconds=30.0,
         interrupt=interruption.stop,
     )
-    signal.signal(signal.SIGTERM, lambda *_: host.stop())
+    on_terminate(line, host.stop)
     host.run()
     return {"failures": host.failures}

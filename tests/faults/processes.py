@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 LIMIT = 30.0  # seconds after which a test gives up
 PRELOADED = ["tests.faults.cloud", "tests.faults.device"]
@@ -71,6 +71,17 @@ class Line:
             self._pipe.recv()
 
 
+def on_terminate(line: Line, stop: Callable[[], None]) -> None:
+    """Make SIGTERM stop a program, and tell of it (``leaving``)."""
+
+    def leave(*_: object) -> None:
+        stop()
+        # Whom the signal interrupts may be telling something just now.
+        threading.Thread(target=line.tell, args=("leaving",), daemon=True).start()
+
+    signal.signal(signal.SIGTERM, leave)
+
+
 class _Said(logging.Handler):
     """Tells what a program logs from warnings on."""
 
@@ -82,11 +93,8 @@ class _Said(logging.Handler):
         self._line.tell("log", level=record.levelname, said=record.getMessage())
 
 
-class Program(Protocol):
-    """What runs in a process: returns what it has to say at its end."""
-
-    def __call__(self, line: Line, **options: Any) -> dict[str, Any]:
-        """Run to the end."""
+#: What runs in a process, given a line and its options; returns what it has to say at its end.
+Program = Callable[..., dict[str, Any]]
 
 
 def _enter(
@@ -241,12 +249,21 @@ class Clock:
 
     def __call__(self) -> float:
         """Return the time."""
-        return self._pace * time.monotonic() + self._offset.value
+        offset: float = self._offset.value
+        return self._pace * time.monotonic() + offset
 
     def jump(self, seconds: float) -> None:
         """Let so many seconds pass at once; below 0, they have not passed."""
         with self._offset.get_lock():
             self._offset.value += seconds
+
+
+def wait_for_files(read: Callable[[], object], wanted: object) -> None:
+    """Return once what is read of some files is what is wanted of them."""
+    deadline = time.monotonic() + LIMIT
+    while (found := read()) != wanted:
+        assert time.monotonic() < deadline, f"{found}, not {wanted}"
+        threading.Event().wait(0.01)  # a file tells nobody that it changed
 
 
 def set_calendar(ahead: float) -> None:

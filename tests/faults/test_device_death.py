@@ -67,6 +67,23 @@ def test_a_device_killed_while_it_waits_for_others_is_no_loss(
     assert play.states == undisturbed()
 
 
+def test_a_device_killed_before_it_heard_that_its_update_is_in_is_asked_no_more(
+    play: Play, undisturbed: Undisturbed
+) -> None:
+    cloud = play.cloud(hold=at("update", client="pi-1", round=1))  # on disk, DONE not said
+    doomed, others = play.device("pi-1"), play.others("pi-1")
+    cloud.wait_held()
+    doomed.kill()
+    again = play.device("pi-1")
+    again.wait_for("connected")
+    cloud.let_go()
+    play.finish(cloud, again, *others.values())
+    assert again.count("step", round=1) == 0
+    assert cloud.count("granted", client="pi-1", round=1) == 1
+    assert play.accepted == [list(DEVICES)] * 2
+    assert play.states == undisturbed()
+
+
 def test_a_device_killed_while_it_measures_settles_its_residual_once(
     play: Play, undisturbed: Undisturbed
 ) -> None:
@@ -105,4 +122,21 @@ def test_every_device_killed_at_once_is_waited_for(play: Play, undisturbed: Undi
     again = play.others()
     play.finish(cloud, *again.values())
     assert play.accepted == [list(DEVICES)] * 2
+    assert play.states == undisturbed()
+
+
+def test_a_device_that_is_told_to_leave_puts_down_where_its_training_stands(
+    play: Play, undisturbed: Undisturbed
+) -> None:
+    cloud, others = play.cloud(), play.others("pi-1")
+    leaving = play.device("pi-1", hold=at("step", round=1, step=2))
+    leaving.wait_held()
+    leaving.terminate()
+    leaving.wait_for("leaving")
+    leaving.let_go()
+    assert leaving.finish() == {"failures": []}
+    assert leaving.count("step", round=1, step=3) == 0
+    again = play.device("pi-1")
+    play.finish(cloud, again, *others.values())
+    again.wait_for("resumed", round=1, step=2)
     assert play.states == undisturbed()

@@ -108,7 +108,7 @@ def _of_round(payload: bytes, round_: int) -> bool:
 
 def test_two_devices_of_one_name_count_once(play: Play, undisturbed: Undisturbed) -> None:
     # Neither remembers anything between rounds: whichever of the two is heard says the same.
-    alike = {"remembers": False}
+    alike: dict[str, Any] = {"remembers": False}
     cloud = play.cloud(codec="fp32")
     others = play.others("pi-1", **alike)
     one = play.device("pi-1", **alike)
@@ -140,7 +140,19 @@ JSON = st.recursive(
     ),
     max_leaves=12,
 )
-WRONG = [None, -1, 2**64, 1e308, "", "../../etc/passwd", "x" * 5000, [], {}, True, "\u0000"]
+WRONG: list[object] = [
+    None,
+    -1,
+    2**64,
+    1e308,
+    "",
+    "../../etc/passwd",
+    "x" * 5000,
+    [],
+    {},
+    True,
+    "\u0000",
+]
 
 
 @st.composite

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from tests.faults.wire import Wire
 
 pytestmark = pytest.mark.faults
 
-TWO_OF_THREE = {"quorum": 0.66, "minimum_clients": 2, "gather_seconds": 600.0}
+TWO_OF_THREE: dict[str, Any] = {"quorum": 0.66, "minimum_clients": 2, "gather_seconds": 600.0}
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_a_slow_device_loses_its_grant_to_another(play: Play, undisturbed: Undis
 def test_a_clock_that_is_off_by_a_day_changes_no_bit(
     who: str, seconds: float, play: Play, undisturbed: Undisturbed
 ) -> None:
-    wrong = {"clock": Clock(offset=seconds), "calendar_ahead": seconds}
+    wrong: dict[str, Any] = {"clock": Clock(offset=seconds), "calendar_ahead": seconds}
     cloud = play.cloud(**(wrong if who == "the aggregator" else {}))
     devices = play.others("pi-1")
     one = play.device("pi-1", **(wrong if who == "a device" else {}))

@@ -21,7 +21,7 @@ _PUBLISH = 3
 _PIECE = 65_536
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int] | None:
+def _varint(data: bytes | bytearray, at: int) -> tuple[int, int] | None:
     """Return a variable byte integer and where it ends; none where it is not whole yet."""
     value = 0
     for place in range(4):

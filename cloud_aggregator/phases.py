@@ -125,10 +125,19 @@ class Phases:
         if intake.round.closed_at is None:
             self._ask_those_missing(intake)
         while intake.round.closed_at is None:
-            self._look_who_is_there(intake)
-            self._inbox.wait(lambda: intake.round.closed_at is not None, _LOOK_SECONDS)
-            intake.passed(self._clock())
+            self._look_and_wait(intake)
         return intake
+
+    def _look_and_wait(self, intake: Intake) -> None:
+        """Look at who is there; wait until that changes, the round is over, or a moment passed."""
+        seen = self._registry.changes
+        self._look_who_is_there(intake)
+
+        def changed() -> bool:
+            return intake.round.closed_at is not None or self._registry.changes != seen
+
+        self._inbox.wait(changed, _LOOK_SECONDS)
+        intake.passed(self._clock())
 
     def _open(self, number: int) -> Intake:
         """Return the updates of a round: of one that an earlier process began, what it took."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from messaging.errors import ProtocolError
 from messaging.protocol import DeviceRecord, Hello
@@ -26,6 +26,7 @@ class Registry:
 
     Attributes:
         devices: That have been there, by their names.
+        changes: How often one of them came or left.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Registry:
             for name, record in (devices or {}).items()
             if known is None or name in known
         }
+        self.changes = 0
         self._epochs = dict(epochs or {})
         self._changed: set[str] = set()
         self._silence = silence_seconds
@@ -68,7 +70,7 @@ class Registry:
         """
         if not hello.online:
             if self._sessions.get(hello.client, hello.session) == hello.session:
-                self._leave({hello.client})
+                self._gone([hello.client])
             return False
         if self._known is not None and hello.client not in self._known:
             raise ProtocolError("identity", f"'{hello.client}' is no client of this run")
@@ -124,12 +126,10 @@ class Registry:
     def heard(self, client: str) -> None:
         """Note that a device said something in its newest session: it is there."""
         self._heard[client] = self._listened
-        self._online.add(client)
-        self._left.discard(client)
-
-    def _leave(self, clients: set[str]) -> None:
-        self._online -= clients
-        self._left |= clients
+        if client not in self._online:
+            self._online.add(client)
+            self._left.discard(client)
+            self.changes += 1
 
     def look(self, now: float) -> list[str]:
         """Return who has just fallen silent for too long, in client order; called every second.
@@ -143,8 +143,13 @@ class Registry:
             return []
         limit = self._listened - self._silence
         silent = sorted(i for i in self._online if self._heard.get(i, 0.0) < limit)
-        self._leave(set(silent))
+        self._gone(silent)
         return silent
+
+    def _gone(self, clients: Sequence[str]) -> None:
+        self._online.difference_update(clients)
+        self._left.update(clients)
+        self.changes += len(clients)
 
     def reconnected(self) -> None:
         """Count silence anew: nobody could be heard while this side had no connection."""

@@ -33,15 +33,20 @@ NEEDED = ("core", "edge")
 #: Extra to package to versions, as in pyproject.toml; ``core`` is what comes without an extra.
 PACKAGES: dict[str, dict[str, str]] = {
     "core": {
+        "alembic": ">=1.13",
         "click": ">=8.1",
+        "cryptography": ">=43",
         "jinja2": ">=3.1",
         "matplotlib": ">=3.8",
         "numpy": ">=1.26",
         "paho-mqtt": ">=2.1",
+        "prometheus-client": ">=0.20",
         "psutil": ">=5.9",
         "pydantic": ">=2.11",
+        "python-json-logger": ">=3.2",
         "rich": ">=13.7",
         "safetensors": ">=0.4.5",
+        "sqlalchemy": ">=2.0.30",
         **({"tomli": ">=2.0"} if sys.version_info < (3, 11) else {}),
         "tomli-w": ">=1.0",
     },
@@ -57,6 +62,10 @@ PACKAGES: dict[str, dict[str, str]] = {
     "endpoint": {"httpx": ">=0.27", "tenacity": ">=9.0"},
     "ray": {"ray": ">=2.40"},
     "broker": {"iotcore": ">=0.4"},
+    "postgresql": {"psycopg[binary]": ">=3.2"},
+    "privacy": {"dp-accounting": ">=0.4.3"},
+    "tensorboard": {"tensorboardX": ">=2.6"},
+    "mlflow": {"mlflow-skinny": ">=3.0"},
 }
 _GPU = " cuda"
 #: Row of ``edge_client.trials.TRIALS`` to the extra that it needs, and whether a default run does.
@@ -74,7 +83,13 @@ TRIED = {
     "onnx": ("onnx", False),
 }
 _OTHER_BUILD = "install packages built for this processor: pip install --upgrade 'pwff[edge]'"
-_MODULES = {"paho-mqtt": "paho", "scikit-learn": "sklearn", "optimum-onnx": "optimum"}
+_MODULES = {
+    "mlflow-skinny": "mlflow",
+    "optimum-onnx": "optimum",
+    "paho-mqtt": "paho",
+    "python-json-logger": "pythonjsonlogger",
+    "scikit-learn": "sklearn",
+}
 _TRAINS = "runs train on the CPU, on a base in any precision below that runs there (--precision)"
 _HUB_MODEL = "gpt2"
 _HUB_SECONDS = 5.0
@@ -233,12 +248,16 @@ def look_at_python() -> Finding:
 
 
 def version_of(package: str) -> str | None:
-    """Return the version of a package that could be imported, without importing it."""
-    module = _MODULES.get(package, package.replace("-", "_"))
+    """Return the version of a package that could be imported, without importing it.
+
+    Extras of its own (``psycopg[binary]``) are passed over.
+    """
+    name = package.partition("[")[0]
+    module = _MODULES.get(name, name.replace("-", "_"))
     try:
         if importlib.util.find_spec(module) is None:
             return None
-        return metadata.version(package)
+        return metadata.version(name)
     except (ImportError, ValueError):
         return None
 

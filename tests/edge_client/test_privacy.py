@@ -41,7 +41,7 @@ FULL = Result(
 def trained(rows: int = 5) -> Trained:
     """Return a training on so many rows of the device's data."""
     return Trained(
-        state=ClientState(personal={}, first_moments={}, second_moments={}),
+        state=ClientState(round=0, personal={}, first_moments={}, second_moments={}),
         after=np.ones(2, np.float32),
         loss=1.5,
         weight=51,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from messaging.mqtt import MqttNetwork
 from tests.faults.processes import LIMIT
@@ -43,6 +44,23 @@ class Intruder:
         self.publish(*mark)
         with self._changed:
             assert self._changed.wait_for(lambda: mark in self.heard, LIMIT), "no echo"
+
+    def wait_for(self, holds: Callable[[str, bytes], bool]) -> tuple[str, bytes]:
+        """Return the first message for which ``holds``, once there is one."""
+
+        def first() -> tuple[str, bytes] | None:
+            return next((said for said in self.heard if holds(*said)), None)
+
+        with self._changed:
+            self._changed.wait_for(first, LIMIT)
+            found = first()
+        assert found is not None, "nobody said that"
+        return found
+
+    def everything(self) -> list[tuple[str, bytes]]:
+        """Return what was said so far, all of it."""
+        self.wait_until_published()
+        return list(self.heard)
 
     def close(self) -> None:
         """Leave."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from cloud_aggregator.counting import Counting
 from cloud_aggregator.intake import Intake
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.rounds import RoundRules
@@ -22,6 +23,7 @@ from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.shelf import Shelf
 from cloud_aggregator.spool import Spool
+from cloud_aggregator.stale import StaleUpdates
 from cloud_aggregator.store import RoundLedger, Store
 from tests.cloud_aggregator.conftest import (
     Stage,
@@ -43,6 +45,8 @@ PUT_DOWN: list[tuple[type, str]] = [
     (RunFolder, "write_record"),
     (Store, "keep_only"),
     (Spool, "clear"),
+    (StaleUpdates, "keep"),
+    (StaleUpdates, "decide"),
 ]
 
 
@@ -89,12 +93,18 @@ def deployed() -> RunSettings:
     return settings_of(virtual_time=False, rules=rules)
 
 
+def emulated() -> RunSettings:
+    """Return three rounds that two of three devices end; the third one's updates come later."""
+    rules = RoundRules(quorum=0.6, deadline_seconds=1000.0)
+    return settings_of(rules=rules, rounds=3, counting=Counting(max_staleness=2))
+
+
 def three() -> list[Teacher]:
-    """Return clients whose updates differ, and differ by round."""
+    """Return clients whose updates differ, and differ by round; each is slower than the last."""
     return [
-        Teacher("a", lambda round_: 0.1 * round_, examples=1),
-        Teacher("b", lambda round_: 0.7 / round_, examples=2),
-        Teacher("c", lambda round_: 0.3 + round_, examples=5),
+        Teacher("a", lambda round_: 0.1 * round_, examples=1, seconds=1.0),
+        Teacher("b", lambda round_: 0.7 / round_, examples=2, seconds=2.0),
+        Teacher("c", lambda round_: 0.3 + round_, examples=5, seconds=3.0),
     ]
 
 
@@ -111,9 +121,11 @@ def kept(folder: Path) -> RunRecord:
     return read_record(folder) if (folder / "run.json").exists() else record_of()
 
 
-def run(stage: Stage, record: RunRecord | None = None, **changes: Any) -> BaseException | None:
+def run(
+    stage: Stage, settings: RunSettings, record: RunRecord | None = None
+) -> BaseException | None:
     """Run an aggregator to its end, or to where it is killed; return what killed it."""
-    server = stage.aggregator(deployed(), record, **changes)
+    server = stage.aggregator(settings, record)
     ends: list[BaseException] = []
 
     def guarded() -> None:
@@ -163,7 +175,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch, Stage(tmp_path_factory.mktemp("calm")) as stage:
         moments = Moments(patch)
         stage.host(*three())
-        assert run(stage) is None
+        assert run(stage, deployed()) is None
         assert set(MOMENTS) <= set(moments.passed)
         return states(stage.path)
 
@@ -174,8 +186,50 @@ def test_killed_at_any_moment_it_loses_no_update_and_counts_none_twice(
 ) -> None:
     moments.fatal = moment
     stage.host(*three())
-    assert isinstance(run(stage), Killed)
-    assert run(stage, kept(stage.path)) is None
+    assert isinstance(run(stage, deployed()), Killed)
+    assert run(stage, deployed(), kept(stage.path)) is None
     assert states(stage.path) == undisturbed
     assert [r.accepted for r in kept(stage.path).rounds] == [["a", "b", "c"]] * 2
     assert list(RunFolder(stage.path).spool_path.glob("*/*")) == []
+
+
+#: Of a run in which late updates are kept: those of c, in each of three rounds.
+LATE = [
+    *(f"{when} StaleUpdates.keep {n}" for n in (1, 2) for when in ("before", "after")),
+    *(f"{when} Store.close_round {n}" for n in (1, 2) for when in ("before", "after")),
+    *(f"{when} StaleUpdates.decide {n}" for n in (1, 2) for when in ("before", "after")),
+    *(f"{when} Shelf.put {n}" for n in (2, 3) for when in ("before", "after")),
+    *(f"{when} RunFolder.write_record {n}" for n in (3, 4) for when in ("before", "after")),
+    *(f"{when} Spool.clear {n}" for n in (2, 4) for when in ("before", "after")),
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_late(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], object]:
+    """Return what a run leaves that folds late updates in, and passes every moment of the list."""
+    with pytest.MonkeyPatch.context() as patch, Stage(tmp_path_factory.mktemp("late")) as stage:
+        moments = Moments(patch)
+        stage.host(*three())
+        assert run(stage, emulated()) is None
+        assert set(LATE) <= set(moments.passed)
+        return states(stage.path), folded(stage.path)
+
+
+def folded(folder: Path) -> list[list[tuple[str, int, int]]]:
+    """Return which late updates each round folded in."""
+    return [[(s.id, s.round, s.staleness) for s in r.stale] for r in kept(folder).rounds]
+
+
+@pytest.mark.parametrize("moment", LATE)
+def test_killed_at_any_moment_a_late_update_counts_once_and_where_it_would_have(
+    moment: str,
+    stage: Stage,
+    moments: Moments,
+    undisturbed_late: tuple[dict[str, str], list[list[tuple[str, int, int]]]],
+) -> None:
+    moments.fatal = moment
+    stage.host(*three())
+    assert isinstance(run(stage, emulated()), Killed)
+    assert run(stage, emulated(), kept(stage.path)) is None
+    assert (states(stage.path), folded(stage.path)) == undisturbed_late
+    assert folded(stage.path) == [[], [("c", 1, 1)], [("c", 2, 1)]]

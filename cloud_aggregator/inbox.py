@@ -20,6 +20,9 @@ class Inbox:
         take: Given topic and payload of what arrived.
         tick: Given the time about twice a second, while someone waits.
         clock: Monotonic seconds.
+
+    Attributes:
+        ticked_at: When ``tick`` was last called; none before it was.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Inbox:
         self._queue: queue.SimpleQueue[tuple[str, bytes] | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._failure: Exception | None = None
+        self.ticked_at: float | None = None
 
     def put(self, topic: str, payload: bytes) -> None:
         """Take what arrived on a topic; callable from any thread."""
@@ -64,6 +68,7 @@ class Inbox:
             if now >= deadline:
                 return False
             if now >= next_tick:
+                self.ticked_at = now
                 self._tick(now)
                 next_tick = now + _TICK_SECONDS
             try:

@@ -17,6 +17,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
+from cloud_aggregator.event_log import append_line
 from cloud_aggregator.records import RunRecord
 from device_profiles.errors import InputError
 
@@ -108,7 +109,7 @@ class RunFolder:
         write_atomically(self.record_path, text.encode() + b"\n")
 
     def append_event(self, event: str, **fields: Any) -> None:
-        """Add one line to ``metrics.jsonl``.
+        """Add one line to ``metrics.jsonl``; the file of a long deployment is bounded.
 
         Raises:
             DiskFullError: If there is no room.
@@ -117,8 +118,11 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         with _writing(path):
             self.path.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"event": event, **fields}) + "\n")
+            append_line(path, json.dumps({"event": event, **fields}))
+
+    def is_writable(self) -> bool:
+        """Return whether the run's state can be written, as far as can be told without writing."""
+        return os.access(self.path, os.W_OK | os.X_OK)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write ``config.toml``: what makes the run repeatable, and on what it ran."""

@@ -17,9 +17,12 @@ import numpy as np
 from cloud_aggregator.combining import Combined, combine
 from cloud_aggregator.course import Course
 from cloud_aggregator.desk import Desk
+from cloud_aggregator.door import Door, DoorLimits
+from cloud_aggregator.health import Vitals
 from cloud_aggregator.inbox import Inbox, StoppedError
 from cloud_aggregator.intake import Intake
 from cloud_aggregator.journal import Journal
+from cloud_aggregator.metrics import Metrics
 from cloud_aggregator.phases import Phases
 from cloud_aggregator.privacy import emulated_noise, noise_generator, privacy_record
 from cloud_aggregator.records import Observed, RoundRecord, RunRecord
@@ -32,9 +35,11 @@ from cloud_aggregator.store import Store
 from cloud_aggregator.summary import client_before, global_figures, summarise
 from device_profiles.errors import InputError
 from messaging import topics
+from messaging.key_files import RunKeys
 from messaging.layout import Vector
 from messaging.protocol import Report
-from messaging.transport import Network
+from messaging.security import CloudSeal
+from messaging.transport import Network, is_connected
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +60,8 @@ class Aggregator:
         notify: Told of everything that happens (event, fields), for progress and metrics.
         memory: Returns the bytes that the run holds now, for the record's peak.
         clock: Monotonic seconds.
+        keys: The run's; with them every message is sealed.
+        door: How much may come in.
     """
 
     def __init__(
@@ -68,6 +75,8 @@ class Aggregator:
         notify: Callable[..., None],
         memory: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
+        keys: RunKeys | None = None,
+        door: DoorLimits | None = None,
     ) -> None:
         self.settings = settings
         self.record = record
@@ -92,20 +101,26 @@ class Aggregator:
             tick=self._tick,
             clock=clock,
         )
+        self._door = Door(door or DoorLimits(), self._inbox.put, clock)
         self._transport = network.open(
             client_id=f"pwff-{settings.run}-aggregator",
             filters=topics.everything_up(settings.run),
-            deliver=self._inbox.put,
+            deliver=self._door.deliver,
             connected=lambda: self._inbox.put("", b""),
         )
+        session = secrets.token_hex(8)
+        seal = None
+        if keys is not None:
+            seal = CloudSeal(settings.run, keys.master, keys.signing_key, session, store.epoch)
         self._desk = Desk(
             self._course,
             self._registry,
             self._transport,
-            session=secrets.token_hex(8),
+            session=session,
             epoch=store.epoch,
             notify=notify,
             clock=clock,
+            seal=seal,
         )
         self._journal = Journal(
             store,
@@ -125,7 +140,22 @@ class Aggregator:
         )
 
     def _received(self, topic: str, payload: bytes) -> None:
+        self._door.taken(payload)
         self._desk.received(topic, payload)
+
+    def vitals(self) -> Vitals:
+        """Return what the run is asked for its health."""
+        return Vitals(
+            ticked_at=lambda: self._inbox.ticked_at,
+            connected=lambda: is_connected(self._transport),
+            store_open=self._folder.is_writable,
+            finished=lambda: self.record.status != "running",
+            clock=self._clock,
+        )
+
+    def watch(self, metrics: Metrics) -> None:
+        """Let metrics ask for the lengths of what waits."""
+        metrics.watch_queue("inbox_bytes", lambda: self._door.waiting_bytes)
 
     def stop(self) -> None:
         """Make ``run`` leave in good order; callable from any thread or signal handler."""
@@ -179,6 +209,7 @@ class Aggregator:
     def _leave(self) -> None:
         if self._desk.intake is not None:
             self._desk.intake.close()
+        self._tell_refusals()
         try:
             self._notify("end", status=self.record.status, reason=self.record.stop_reason)
         finally:
@@ -215,12 +246,18 @@ class Aggregator:
 
     def _tick(self, now: float) -> None:
         self._peak_memory = max(self._peak_memory, self._memory())
+        self._tell_refusals()
         for client in self._registry.look(now):
             log.info("'%s' has said nothing for too long; it is taken for gone", client)
             self._notify("silent", client=client)
         self._journal.keep_devices(self._registry)
         if self._desk.intake is not None:
             self._desk.intake.expire(now)
+
+    def _tell_refusals(self) -> None:
+        for refusal in self._door.refusals():
+            self._desk.refused_at_door(*refusal)
+        self._desk.tell_refusals()
 
     # -- phases ----------------------------------------------------------------------------------
 
@@ -268,6 +305,7 @@ class Aggregator:
             self._journal.reopen(intake)
             reports = self._take_back(number, vector)
         self._list_clients()
+        self._tell_refusals()
         record = round_record(
             self.record.clients,
             intake,

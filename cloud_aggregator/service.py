@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -16,7 +17,10 @@ from pydantic import Field
 from cloud_aggregator.cohort import CohortRule
 from cloud_aggregator.counting import CountingKeys, check_counting
 from cloud_aggregator.database import shown
+from cloud_aggregator.door import DoorLimits
+from cloud_aggregator.health import monitor, parse_address
 from cloud_aggregator.methods import METHODS, ModuleShape, find_method, stage_layout
+from cloud_aggregator.metrics import CountedNetwork, Metrics
 from cloud_aggregator.records import DataRecord, ModelRecord, PricedRecord, RunRecord
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder, read_record
@@ -29,7 +33,9 @@ from device_profiles.errors import InputError
 from device_profiles.modules import PLACEMENTS, lora_rank
 from device_profiles.pricing import CostBasis
 from device_profiles.stages import parse_stages
+from messaging.access import BrokerAccess
 from messaging.chunks import CHUNK_BYTES
+from messaging.key_files import run_keys
 from messaging.layout import Layout, joint_sha256
 from messaging.mqtt import MqttNetwork
 from messaging.protocol import AlignmentSettings, Codec, Identifier, Stage
@@ -70,6 +76,43 @@ class AlignmentSection(Config):
     settings: AlignmentSettings = AlignmentSettings()
 
 
+class SecuritySection(BrokerAccess):
+    """Who may take part, and how the broker is reached: also see ``messaging.access``.
+
+    Attributes:
+        keys: The run's key file, of its owner alone (``pwff certs`` makes one). With it, or with
+            the keys in the environment, every message is sealed and nobody without a key takes
+            part.
+    """
+
+    keys: Path | None = None
+
+
+class LimitsSection(Config):
+    """What may come in of one client and of all: see ``cloud_aggregator.door``.
+
+    Attributes:
+        messages_per_second: Of one client, chunks included; four seconds' worth may come at once.
+        bytes_per_second: Of one client; a second's worth may come at once.
+        waiting_bytes: That lie here unread at once, of all clients.
+    """
+
+    messages_per_second: Annotated[float, Field(ge=1, le=1e6)] = 5000.0
+    bytes_per_second: Annotated[float, Field(ge=2**18, le=1e12)] = 2.0**29
+    waiting_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 2**28
+
+    @property
+    def door(self) -> DoorLimits:
+        """The same for the door."""
+        return DoorLimits(
+            messages_per_second=self.messages_per_second,
+            burst_messages=4 * self.messages_per_second,
+            bytes_per_second=self.bytes_per_second,
+            burst_bytes=self.bytes_per_second,
+            waiting_bytes=self.waiting_bytes,
+        )
+
+
 class Service(CountingKeys):
     """One deployed run.
 
@@ -97,6 +140,8 @@ class Service(CountingKeys):
             address with a password is better given in the environment, as ``PWFF_STORE``.
         grants: Uploads that may send at once.
         window: Chunks of one upload in flight; grants * window stays below the broker's queue.
+        monitor: ``HOST:PORT`` that /metrics, /healthz and /readyz are answered at; by default at
+            none.
     """
 
     run: Identifier
@@ -129,6 +174,9 @@ class Service(CountingKeys):
     patience: Annotated[int, Field(ge=0)] = 5
     grants: Annotated[int, Field(ge=1, le=1024)] = 16
     window: Annotated[int, Field(ge=1, le=1024)] = 8
+    monitor: str | None = None
+    security: SecuritySection = SecuritySection()
+    limits: LimitsSection = LimitsSection()
     store: Annotated[str | None, Field(repr=False)] = None
     reward: RewardSection = RewardSection()
     alignment: AlignmentSection = AlignmentSection()
@@ -167,6 +215,8 @@ def load_service(path: Path) -> Service:
     if "alignment" in parse_stages(service.stages, find_method(service.method)):
         check_room(service.alignment.settings, service.max_length, str(path))
     choose("LoRA placement", service.placement, PLACEMENTS)
+    if service.monitor is not None:
+        parse_address(service.monitor)
     if service.minimum_clients > service.clients:
         raise InputError(
             f"{path}: minimum_clients = {service.minimum_clients} is above clients = "
@@ -202,10 +252,19 @@ def serve(
     Raises:
         InputError: If base, folder, store or broker address are not usable, or another aggregator
             is at work on the run.
+        SecretError: If a key, certificate or password is not usable.
         SpoolFullError: If the spool's disk is full.
         StoreError: If the run's store cannot be read or written.
     """
-    network = MqttNetwork(service.broker)
+    keys = run_keys(service.security.keys, service.run)
+    network = MqttNetwork(service.broker, service.security)
+    if keys is None and not network.address.is_local:
+        log.warning(
+            "this run has no keys: whoever may publish at %s can speak for its devices; "
+            "make keys with `pwff certs` and give security.keys",
+            network.address,
+        )
+    metrics = Metrics(service.run, service.method)
     url = store_url(service)
     identity = identify(service.model)
     folder = RunFolder(service.out)
@@ -214,21 +273,28 @@ def serve(
 
     def tell(event: str, **fields: Any) -> None:
         folder.append_event(event, **fields)
+        metrics(event, **fields)
         notify(event, **fields)
 
-    with Store(folder.path, service.run, url) as store:
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(Store(folder.path, service.run, url))
         log.info("the run's state is in %s (start %d)", store.name, store.epoch)
         folder.write_config(_config(service, identity, settings, network, url))
         server = Aggregator(
             settings,
             record,
             folder,
-            network,
+            CountedNetwork(network, metrics),
             store=store,
             notify=tell,
             memory=lambda: psutil.Process().memory_info().rss,
             clock=clock,
+            keys=keys,
+            door=service.limits.door,
         )
+        server.watch(metrics)
+        if service.monitor is not None:
+            stack.enter_context(monitor(service.monitor, server.vitals(), metrics.page))
         on_start(server)
         return server.run()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from typing import Literal, Protocol
 
@@ -17,10 +18,10 @@ from edge_client.ledger import Ledger
 from edge_client.local_client import Result, Setup
 from edge_client.outbox import Outbox, task_key
 from edge_client.stage_work import GlobalStates
-from messaging import chunks, security, topics
+from messaging import chunks, protocol, security, topics
 from messaging.chunks import chunk_count, make_chunk, parse_chunk, wire_bytes
 from messaging.codecs import decode_blob, max_blob_bytes
-from messaging.errors import ProtocolError
+from messaging.errors import OtherVersionError, ProtocolError
 from messaging.layout import Layout, Vector
 from messaging.protocol import (
     Alive,
@@ -47,7 +48,8 @@ from messaging.transfer import SILENCE_SECONDS, Download, Upload
 log = logging.getLogger(__name__)
 
 _DOWN_WINDOW = 8
-FATAL_REJECTS = frozenset({"base", "layout", "privacy"})  # the same device will be refused again
+# the same device will be refused again
+FATAL_REJECTS = frozenset({"base", "layout", "privacy", "version"})
 
 Publish = Callable[[str, bytes, bool], None]
 
@@ -76,6 +78,9 @@ class Agent:
             trains the round again.
         heartbeat_seconds: Between two ALIVE; none says nothing in between.
         spread: Told over how many seconds devices return after a break.
+
+    Attributes:
+        refused: Messages and chunks that were refused, by code.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class Agent:
         self.session = secrets.token_hex(8) if seal is None else seal.session
         self.finished = False
         self.failure: str | None = None
+        self.refused: Counter[str] = Counter()
         self._binding = binding
         self._seen_aggregator = ""
         self._publish = publish
@@ -180,7 +186,10 @@ class Agent:
             else:
                 self._take(decode(self._opened(payload, topic)), now)
         except ProtocolError as err:
+            self.refused[err.code] += 1
             log.warning("%s: refused a message (%s): %s", self.id, err.code, err.reason)
+            if isinstance(err, OtherVersionError):
+                self._fail(err.reason)  # no other message of that aggregator will be understood
 
     def _opened(self, packet: bytes, topic: str) -> bytes:
         seal = self._seal
@@ -218,7 +227,12 @@ class Agent:
                 log.info("%s: update came late and is left out", self.id)
 
     def _check_manifest(self, manifest: Manifest, now: float) -> None:
-        if manifest.binding != self._binding:
+        if manifest.oldest > protocol.SCHEMA:
+            self._fail(
+                f"the run's aggregator understands protocol {manifest.oldest} and newer, and this "
+                f"device speaks {protocol.SCHEMA}; update pwff on this device"
+            )
+        elif manifest.binding != self._binding:
             self._fail(
                 "the run is built on another base, tokenizer or LoRA placement than this device; "
                 "give this device the run's model and placement"

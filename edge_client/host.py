@@ -12,10 +12,13 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
+from device_profiles import logs
 from device_profiles.errors import InputError
 from edge_client.agent import Agent, Performer
 from edge_client.ledger import Ledger
@@ -30,6 +33,7 @@ from messaging.transport import Network, Transport, Will
 log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 1.0
+_ALIVE_SECONDS = 10.0
 
 Event = tuple[Callable[..., None], tuple[object, ...]]
 
@@ -38,6 +42,14 @@ Event = tuple[Callable[..., None], tuple[object, ...]]
 class _Seat:
     agent: Agent
     transport: Transport
+
+
+def _place(agent: Agent) -> dict[str, str | int]:
+    """Return what log lines about an agent carry."""
+    place: dict[str, str | int] = {"run": agent.run, "client": agent.id}
+    if agent.task is not None:
+        place["round"] = agent.task.round
+    return place
 
 
 def _say_goodbye(seat: _Seat) -> None:
@@ -72,6 +84,7 @@ class Host:
         isolates: Whether a client whose input is bad leaves alone, with its sentence, and the
             others go on; otherwise, and where it is the only one, the host ends with the error.
         interrupt: Called when the host is to leave, so that work that is under way stops soon.
+        alive_file: Touched every ten seconds while the host goes round.
     """
 
     def __init__(
@@ -87,7 +100,9 @@ class Host:
         heartbeat_seconds: float | None = None,
         isolates: bool = False,
         interrupt: Callable[[], None] = lambda: None,
+        alive_file: Path | None = None,
     ) -> None:
+        self._alive_file, self._alive_at = alive_file, -_ALIVE_SECONDS
         self._clock = clock
         self._seals, self._ledgers, self._outboxes = seals or {}, ledgers or {}, outboxes or {}
         self._heartbeat, self._isolates, self._interrupt = heartbeat_seconds, isolates, interrupt
@@ -136,17 +151,20 @@ class Host:
         return seats[0]
 
     def _received(self, agent: Agent, topic: str, payload: bytes) -> None:
-        agent.received(payload, self._clock(), topic=topic)
+        with logs.bound(**_place(agent)):
+            agent.received(payload, self._clock(), topic=topic)
 
     def _connected(self, agent: Agent) -> None:
-        agent.connected(self._clock())
+        with logs.bound(**_place(agent)):
+            agent.connected(self._clock())
 
     def _submit(self, agent: Agent, function: Callable[[], Result]) -> None:
         task = agent.task
 
         def work() -> None:
             try:
-                result = function()
+                with logs.bound(**_place(agent)):
+                    result = function()
             except StoppedError:
                 return  # the host is leaving, and what was done so far is on the disk
             except InputError as err:
@@ -162,7 +180,8 @@ class Host:
         self._work.submit(work)
 
     def _worked(self, agent: Agent, task: Task, result: Result) -> None:
-        agent.worked(task, result, self._clock())
+        with logs.bound(**_place(agent)):
+            agent.worked(task, result, self._clock())
 
     def _gave_up(self, agent: Agent, err: InputError) -> None:
         if not self._isolates or len(self._seats) == 1:
@@ -189,6 +208,7 @@ class Host:
             BaseException: Whatever a client's work raised.
         """
         next_tick = self._clock() + _TICK_SECONDS
+        self._show_alive()
         try:
             for seat in self._seats:
                 seat.transport.start()
@@ -204,10 +224,22 @@ class Host:
                     function(*arguments)
                 if self._clock() >= next_tick:
                     next_tick = self._clock() + _TICK_SECONDS
+                    self._show_alive()
                     for seat in self._seats:
-                        seat.agent.tick(self._clock())
+                        with logs.bound(**_place(seat.agent)):
+                            seat.agent.tick(self._clock())
         finally:
             self._leave()
+
+    def _show_alive(self) -> None:
+        now = self._clock()
+        if self._alive_file is None or now - self._alive_at < _ALIVE_SECONDS:
+            return
+        self._alive_at = now
+        try:
+            self._alive_file.touch()
+        except OSError as err:
+            log.warning("cannot touch %s: %s", self._alive_file, err.strerror or err)
 
     def _leave(self) -> None:
         self._interrupt()
@@ -220,3 +252,8 @@ class Host:
     def failures(self) -> list[str]:
         """What made agents give up, one sentence each."""
         return [f"{s.agent.id}: {s.agent.failure}" for s in self._seats if s.agent.failure]
+
+    @property
+    def refused(self) -> Counter[str]:
+        """Messages and chunks that agents refused, by code."""
+        return sum((s.agent.refused for s in self._seats), Counter())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,9 +31,12 @@ from edge_client.preflight import check_memory, client_memory, free_memory, step
 from edge_client.progress import Interruption, Progress
 from edge_client.reward.reference import scoring
 from edge_client.works import build_works, load_judging
+from messaging.access import BrokerAccess
 from messaging.chunks import CHUNK_BYTES
+from messaging.key_files import DeviceKeys, device_keys
 from messaging.mqtt import MqttNetwork
 from messaging.protocol import DeviceRecord, Identifier
+from messaging.security import DeviceSeal
 from quantization.base_model import set_threads
 from quantization.checkpoint import look_through
 from quantization.frozen_gpt2 import load_frozen
@@ -42,6 +46,17 @@ log = logging.getLogger(__name__)
 
 #: What an aggregator asks for if it says nothing else.
 _USUAL_BATCH, _USUAL_LENGTH = 4, 256
+
+
+class SecuritySection(BrokerAccess):
+    """How the broker is reached, and the device's own key: also see ``messaging.access``.
+
+    Attributes:
+        key: The device's key file for this run, of its owner alone (``pwff certs`` makes one). A
+            run that has keys is heard by nobody without.
+    """
+
+    key: Path | None = None
 
 
 class Client(Config):
@@ -69,6 +84,8 @@ class Client(Config):
         checkpoint_steps: Training steps after which it is written down where the training stands:
             so many at most are lost when the device is killed.
         heartbeat_seconds: Between two signs of life; the aggregator's own limit is some of these.
+        alive_file: Touched every ten seconds while this program goes round, for whoever watches
+            over it (a container's health check looks at its age); by default none.
     """
 
     run: Identifier
@@ -98,6 +115,8 @@ class Client(Config):
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     checkpoint_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     heartbeat_seconds: Annotated[float, Field(ge=1, le=3600)] = 30.0
+    alive_file: Path | None = None
+    security: SecuritySection = SecuritySection()
 
 
 def load_client(path: Path) -> Client:
@@ -122,29 +141,47 @@ def take_part(client: Client, on_start: Callable[[Host], None]) -> list[str]:
 
     Raises:
         InputError: If base, data, profile or modules are not usable, or training diverges.
+        SecretError: If a key, certificate or password is not usable.
         DiskError: If the disk does not take what must be kept; what it holds is whole.
         HubUnavailableError: If base or data are on a hub that does not answer.
     """
     set_threads(client.threads)
-    network = MqttNetwork(client.broker)
+    keys = device_keys(client.security.key, client.run, client.client)
+    network = MqttNetwork(client.broker, client.security)
     identity = identify(client.model)
     interruption = Interruption()
     local = _local_client(client, identity, interruption)
     folder = _folder(client)
+    ledger = Ledger(folder)
+    seals = {} if keys is None else {client.client: _seal(keys, ledger)}
     host = Host(
         network,
         [local],
         binding=binding(identity, client.placement),
-        ledgers={client.client: Ledger(folder)},
+        seals=seals,
+        ledgers={client.client: ledger},
         outboxes={client.client: Outbox(folder)},
         heartbeat_seconds=client.heartbeat_seconds,
         isolates=True,
         interrupt=interruption.stop,
+        alive_file=client.alive_file,
     )
     on_start(host)
     log.info("%s: waiting for the run '%s' at %s", client.client, client.run, network.address)
     host.run()
     return host.failures
+
+
+def _seal(keys: DeviceKeys, ledger: Ledger) -> DeviceSeal:
+    return DeviceSeal(
+        run=keys.run,
+        client=keys.client,
+        key=keys.key,
+        verify_key=keys.verify_key,
+        session=secrets.token_hex(8),
+        epoch=ledger.epoch,
+        highest=ledger.highest,
+    )
 
 
 def _folder(client: Client) -> Path:

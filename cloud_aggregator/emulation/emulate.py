@@ -32,6 +32,7 @@ from cloud_aggregator.trackers import open_trackers
 from device_profiles.config_files import read_toml
 from device_profiles.errors import InputError
 from messaging.broker import embedded_broker
+from messaging.key_files import RunKeys
 from messaging.memory import MemoryNetwork
 from messaging.mqtt import MqttNetwork
 from messaging.transport import Network
@@ -88,6 +89,7 @@ def emulate(
             listener("plan", record=record, clients=devices, broken=planned.dataset.broken)
         network, url = stack.enter_context(_network(experiment))
         pool: list[WorkerPool] = []
+        keys = _keys(experiment, record.run)
         aggregator = Aggregator(
             run_settings(planned),
             record,
@@ -96,17 +98,25 @@ def emulate(
             store=store,
             notify=tell,
             memory=lambda: pool[0].memory() if pool else psutil.Process().memory_info().rss,
+            keys=keys,
         )
         on_start(aggregator)
         specs = worker_specs(planned)
         if url is None:
             stack.enter_context(_in_this_process(specs[0], network, aggregator))
         else:
-            pool.append(WorkerPool(specs, url, folder.path / "workers", aggregator.fail))
+            pool.append(WorkerPool(specs, url, folder.path / "workers", aggregator.fail, keys))
             stack.callback(pool[0].close)
             if experiment.broker is None:
                 stack.enter_context(watch_broker(url, aggregator.fail))
         return aggregator.run()
+
+
+def _keys(experiment: Experiment, run: str) -> RunKeys | None:
+    """Return keys for a run over a broker that others may reach too."""
+    if experiment.broker is None or experiment.transport == "memory":
+        return None
+    return RunKeys.generate(run) if experiment.engine == "local" else None
 
 
 def new_place(experiment: Experiment) -> Path:

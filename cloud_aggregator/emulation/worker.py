@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 from cloud_aggregator.emulation.fleet import BROKER_VARIABLE, WorkerSpec
+from cloud_aggregator.emulation.seals import from_environment, make_seals
 from cloud_aggregator.methods import ModuleShape, find_method, stage_layout
 from cloud_aggregator.run_folder import RunFolder
 from device_profiles.errors import InputError
@@ -26,6 +27,7 @@ from edge_client.local_client import LocalClient, Setup
 from edge_client.peft.packed_model import PackedModel
 from edge_client.progress import Interruption, Progress
 from edge_client.works import build_works, load_judging
+from messaging.key_files import RunKeys
 from messaging.mqtt import MqttNetwork
 from messaging.transport import Network
 from quantization.base_model import set_threads
@@ -115,15 +117,17 @@ def build_clients(spec: WorkerSpec, interruption: Interruption | None = None) ->
     ]
 
 
-def make_host(spec: WorkerSpec, network: Network) -> Host:
-    """Return a host of this worker's clients."""
+def make_host(spec: WorkerSpec, network: Network, keys: RunKeys | None = None) -> Host:
+    """Return a host of this worker's clients, which seal what they say where there are keys."""
     interruption = Interruption()
     folder = RunFolder(Path(spec.run_folder))
+    ledgers = {c.device.id: Ledger(folder.client_path(c.device.id)) for c in spec.clients}
     return Host(
         network,
         build_clients(spec, interruption),
         binding=spec.binding,
-        ledgers={c.device.id: Ledger(folder.client_path(c.device.id)) for c in spec.clients},
+        seals=make_seals(spec, keys, ledgers),
+        ledgers=ledgers,
         interrupt=interruption.stop,
     )
 
@@ -141,7 +145,7 @@ def main() -> int:
 
 
 def _work(spec: WorkerSpec, broker: str) -> int:
-    host = make_host(spec, MqttNetwork(broker))
+    host = make_host(spec, MqttNetwork(broker), from_environment(spec.run, os.environ))
     signal.signal(signal.SIGTERM, lambda _signal, _frame: host.stop())
     threading.Thread(target=_leave_with_parent, args=(host,), daemon=True).start()
     host.run()

@@ -15,7 +15,7 @@ import pytest
 from edge_client.agent import Agent
 from edge_client.local_client import Result
 from edge_client.stage_work import GlobalStates
-from messaging import topics
+from messaging import protocol, topics
 from messaging.chunks import Missing, chunk_count, make_chunk, parse_chunk, wire_bytes
 from messaging.codecs import BlobHeader, encode_blob
 from messaging.layout import Layout, TensorSpec, Vector
@@ -37,6 +37,7 @@ from messaging.protocol import (
     decode,
     encode,
 )
+from messaging.security import DeviceSeal, SigningKey
 from messaging.transfer import SILENCE_SECONDS
 from tests.edge_client.conftest import a_device, a_setup, a_task
 
@@ -948,3 +949,59 @@ def test_a_device_says_hello_to_an_aggregator_that_has_not_seen_it(device: Devic
         device.published.clear()
         device.hear(manifest(session=session))
         assert len(device.published) == greetings
+
+
+# -- versions --------------------------------------------------------------------------------------
+
+
+def test_a_device_takes_part_in_a_run_of_a_newer_aggregator_that_still_understands_it(
+    device: Device,
+) -> None:
+    newer = encode(manifest()).replace(b'"schema":1', b'"schema":7,"colour":"red"')
+    device.agent.received(newer, 0.0)
+    assert device.says(Hello).schema_ == 1
+    task = encode(a_task()).replace(b'"schema":1', b'"schema":7,"mood":{"a":[1]}')
+    device.agent.received(task, 0.0)
+    assert device.agent.task is not None
+    assert len(device.work) == 1
+
+
+def test_a_device_that_its_aggregator_no_longer_understands_leaves_with_a_sentence(
+    device: Device,
+) -> None:
+    newer = encode(manifest(oldest=3)).replace(b'"schema":1', b'"schema":7')
+    device.agent.received(newer, 0.0)
+    assert device.agent.finished
+    assert device.agent.failure is not None
+    assert "understands protocol 3 and newer, and this device speaks 1" in device.agent.failure
+    assert "update pwff on this device" in device.agent.failure
+
+
+def test_a_device_leaves_an_aggregator_that_it_no_longer_understands(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "SCHEMA", 3)
+    monkeypatch.setattr(protocol, "OLDEST", 2)
+    device.agent.received(encode(manifest()), 0.0)
+    assert device.agent.failure is not None
+    assert "protocol 1, and this side understands 2 to 3; update pwff" in device.agent.failure
+
+
+def test_a_version_that_nobody_vouches_for_moves_no_sealed_device() -> None:
+    """Anybody can write a byte that says another version; only a true message may end it."""
+    seal = DeviceSeal(
+        run="trial",
+        client=CLIENT,
+        key=bytes(32),
+        verify_key=SigningKey.generate().verify_key,
+        session="0" * 16,
+        epoch=1,
+    )
+    local = _Local()
+    agent = Agent(
+        local, binding=BINDING, publish=lambda *_: None, start_work=lambda _: None, seal=seal
+    )
+    for packet in (b"S\x09M" + bytes(200), encode(manifest(oldest=9))):
+        agent.received(packet, 0.0, topic=topics.manifest("trial"))
+    assert not agent.finished
+    assert agent.refused == {"version": 1, "mac": 1}

@@ -20,6 +20,7 @@ def aggregate(
     base: Path,
     out: Path,
     clients: int,
+    key: Path | None,
     clock: Callable[[], float] = time.monotonic,
     calendar_ahead: float = 0.0,
     **changes: Any,
@@ -32,6 +33,7 @@ def aggregate(
         base: Folder of the run's base.
         out: The run's folder.
         clients: That the run waits for, all of them.
+        key: The run's key file, where it seals its messages.
         clock: Monotonic seconds.
         calendar_ahead: Seconds by which the cloud's date is wrong.
         changes: Of the service's configuration.
@@ -43,6 +45,7 @@ def aggregate(
         "out": out,
         "clients": clients,
         "minimum_clients": clients,
+        "gather_seconds": 5.0,
         "model": str(base),
         "placement": PLACEMENT,
         "lora_rank": LORA_RANK,
@@ -58,6 +61,7 @@ def aggregate(
         "evaluation_seconds": 100_000.0,
         "patience": 0,
         "seed": 7,
+        "security": {} if key is None else {"keys": key},
     }
 
     def start(server: Aggregator) -> None:

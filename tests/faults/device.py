@@ -9,6 +9,7 @@ the wrong round shows in the bits of the global state.
 from __future__ import annotations
 
 import hashlib
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,8 +32,10 @@ from edge_client.outbox import Outbox
 from edge_client.progress import Interruption, Progress, Standing
 from edge_client.stage_work import GlobalStates, Measured, Trained
 from edge_client.state import ClientState
+from messaging.key_files import device_keys
 from messaging.mqtt import MqttNetwork
 from messaging.protocol import Channel, DeviceRecord, Preference, Task
+from messaging.security import DeviceSeal
 from messaging.transport import Connected, Deliver, Transport, Will
 from quantization.identity import BaseIdentity, binding, identify
 from tests.faults.base import ADAPTER_SIZE, CHUNK_BYTES, LAYERS, LORA_RANK, PLACEMENT, RUN
@@ -209,7 +212,7 @@ class _WatchedTransport:
         if "/up/" in topic and not topic.endswith("/control"):
             self._chunks += 1
             self._tell("sent", chunk=self._chunks)
-        elif b'"OFFER"' in payload:
+        elif b'"OFFER"' in payload:  # sealed or not: a seal stands before what it seals
             self._tell("offered")
 
     def close(self) -> None:
@@ -229,6 +232,7 @@ def take_part(
     broker: str,
     base: Path,
     folder: Path,
+    key: Path | None,
     clock: Callable[[], float] = time.monotonic,
     calendar_ahead: float = 0.0,
     chunk_bytes: int = CHUNK_BYTES,
@@ -243,6 +247,7 @@ def take_part(
         broker: Its address.
         base: Folder of the run's base.
         folder: Where the device keeps what it has.
+        key: Its key file, where the run seals its messages.
         clock: Monotonic seconds.
         calendar_ahead: Seconds by which the device's date is wrong.
         chunk_bytes: Of its uploads.
@@ -271,12 +276,14 @@ def take_part(
         folder=folder,
         clock=lambda: 0.0,
     )
+    ledger = Ledger(folder)
     host = Host(
         WatchedNetwork(MqttNetwork(broker), line.tell),
         [local],
         binding=binding(identity, PLACEMENT),
         clock=clock,
-        ledgers={client: Ledger(folder)},
+        seals={} if key is None else {client: _seal(key, client, ledger)},
+        ledgers={client: ledger},
         outboxes={client: Outbox(folder)},
         heartbeat_seconds=30.0,
         interrupt=interruption.stop,
@@ -284,3 +291,17 @@ def take_part(
     on_terminate(line, host.stop)
     host.run()
     return {"failures": host.failures}
+
+
+def _seal(key: Path, client: str, ledger: Ledger) -> DeviceSeal:
+    keys = device_keys(key, RUN, client)
+    assert keys is not None
+    return DeviceSeal(
+        run=RUN,
+        client=client,
+        key=keys.key,
+        verify_key=keys.verify_key,
+        session=secrets.token_hex(8),
+        epoch=ledger.epoch,
+        highest=ledger.highest,
+    )

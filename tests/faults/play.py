@@ -10,7 +10,8 @@ from typing import Any
 
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.run_folder import read_record
-from tests.faults.base import write_base
+from messaging.key_files import RunKeys
+from tests.faults.base import RUN, write_base
 from tests.faults.broker import Mosquitto
 from tests.faults.cloud import aggregate
 from tests.faults.device import take_part
@@ -27,6 +28,7 @@ class Play:
         folder: Of the run's base, the aggregator's and the devices' files.
         broker: That they meet at.
         devices: Names of those that take part.
+        sealed: Whether its messages are sealed, as a run's with keys are.
         actors: Every program that was started.
         heard: Called on each event of each program, on a thread.
     """
@@ -34,11 +36,13 @@ class Play:
     folder: Path
     broker: Mosquitto
     devices: tuple[str, ...] = DEVICES
+    sealed: bool = True
     actors: list[Actor] = field(default_factory=list)
     heard: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self._base = write_base(self.folder / "base")
+        self._keys = RunKeys.generate(RUN)
 
     @property
     def out(self) -> Path:
@@ -48,6 +52,13 @@ class Play:
     def device_folder(self, client: str) -> Path:
         """Return where a device keeps what it has."""
         return self.folder / "devices" / client
+
+    def _key(self, name: str, content: bytes) -> Path | None:
+        path = self.folder / f"{name}.key"
+        if self.sealed and not path.exists():
+            path.touch(mode=0o600)
+            path.write_bytes(content)
+        return path if self.sealed else None
 
     def cloud(self, *, hold: Hold | None = None, via: str | None = None, **changes: Any) -> Actor:
         """Start the aggregator, or start it again."""
@@ -60,6 +71,7 @@ class Play:
             base=self._base,
             out=self.out,
             clients=len(self.devices),
+            key=self._key("cloud", self._keys.file()),
             **changes,
         )
         self.actors.append(actor)
@@ -77,6 +89,7 @@ class Play:
             client=client,
             broker=via or self.broker.url,
             base=self._base,
+            key=self._key(client, self._keys.device(client).file()),
             **{"folder": self.device_folder(client), **changes},
         )
         self.actors.append(actor)

@@ -27,6 +27,13 @@ OTHER_RUN = "another"
 
 
 @pytest.fixture
+def play(play: Play) -> Play:
+    """Return a run without keys: whoever publishes is read."""
+    play.sealed = False
+    return play
+
+
+@pytest.fixture
 def intruder(play: Play) -> Iterator[Intruder]:
     """Yield somebody on the run's broker."""
     intruder = Intruder(play.broker.url)

@@ -14,17 +14,20 @@ PINS := $(VENV)/constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench format install doctor audit clean
+.PHONY: help demo test test-faults check bench format install doctor audit clean
 
 help: ## list the targets
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "  PYTHON=python3.11 names the interpreter, TORCH_INDEX=URL the package index for torch."
 
 demo: $(STAMP) ## run a fleet of emulated devices over MQTT, with all defaults, and name the report
 	$(BIN)/pwff emulate
 
-test: $(STAMP) ## run every test
-	$(BIN)/python -m pytest
+test: $(STAMP) ## run every test but those of test-faults
+	$(BIN)/python -m pytest -m "not faults"
+
+test-faults: $(STAMP) ## kill, cut and spoil a run in every way, on a real mosquitto
+	$(BIN)/python -m pytest -m faults tests/faults
 
 check: $(STAMP) ## hold style, types and the direction of imports
 	$(BIN)/ruff check

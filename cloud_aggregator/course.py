@@ -95,6 +95,11 @@ class Course:
         known = {device.id: device for device in self.record.clients}
         return "" if able(known, self.record.rounds) or not known else "batteries"
 
+    @property
+    def is_over(self) -> bool:
+        """Whether every stage has ended: nothing is left to do but to say so."""
+        return all(stage_end(plan, self._rounds_of(plan)) for plan in self.settings.stages)
+
     def enter(self, plan: StagePlan) -> None:
         """Begin a stage or go on with it: put its newest global state on the shelf.
 

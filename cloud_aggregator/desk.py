@@ -301,8 +301,15 @@ class Desk:
         self._tell_of(hello.client, online=hello.online)
         if there and self._finished is not None:
             self.send(hello.client, stop_task(self._course, hello.client, self._finished))
-        elif there and hello.client in self.tasks:
-            self.send(hello.client, self.tasks[hello.client])
+        elif there and (task := self._owed(hello.client)) is not None:
+            self.send(hello.client, task)
+
+    def _owed(self, client: str) -> Task | None:
+        """Return what a device that appears is still to do; who gave its update trains no more."""
+        task = self.tasks.get(client)
+        if task is None or self.intake is None or task.work != "train":
+            return task
+        return None if client in self.intake.contributions else task
 
     def _check_room(self, hello: Hello) -> None:
         devices = self._registry.devices

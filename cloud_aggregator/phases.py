@@ -91,11 +91,16 @@ class Phases:
             log.info("waiting for devices: %d of %d are there", there, settings.minimum_clients)
 
     def dismiss(self, reason: str) -> None:
-        """Tell every device that the run is over, and keep saying so until they have left."""
+        """Tell every device that the run is over, and keep saying so until they have left.
+
+        A broker that is restarted now has forgotten what it was told; who comes back asks again.
+        """
         self._desk.dismiss(reason)
         if self._settings.virtual_time:
             self._inbox.wait(lambda: not self._registry.online, self._settings.gather_seconds)
             self._desk.clear_manifest()
+        else:
+            self._inbox.wait(lambda: self._registry.all_left, self._settings.farewell_seconds)
 
     # -- to train --------------------------------------------------------------------------------
 
@@ -226,9 +231,7 @@ class Phases:
     def _cohort(self) -> tuple[int, list[str]]:
         """Return how many clients a round needs a quorum of, and who is asked."""
         settings = self._settings
-        while not self._registry.online:
-            log.info("waiting for devices: none is there")
-            self._inbox.wait(lambda: bool(self._registry.online), settings.gather_seconds)
+        self._await_enough()
         rounds, there = self._course.record.rounds, set(self._asked())
         devices = {i: device for i, device in self._trainable().items() if i in there}
         if settings.cohort is None:
@@ -237,6 +240,18 @@ class Phases:
         wanted = settings.cohort.size
         asked = settings.rules.asked(wanted)
         return wanted, choose_cohort(settings.cohort, devices, rounds, size=asked)
+
+    def _await_enough(self) -> None:
+        """Wait until a round can begin: in deployment, with as many as the run began with."""
+        settings = self._settings
+        least = 1 if settings.virtual_time else settings.minimum_clients
+
+        def enough() -> bool:
+            return len(self._registry.online) >= least
+
+        while not self._inbox.wait(enough, settings.gather_seconds):
+            there = len(self._registry.online)
+            log.info("waiting for devices: %d of %d are there", there, least)
 
     def _asked(self) -> list[str]:
         """Return the devices that get the next task.

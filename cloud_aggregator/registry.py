@@ -47,6 +47,7 @@ class Registry:
         self._scoring = scoring
         self._sessions: dict[str, str] = {}
         self._online: set[str] = set()
+        self._left: set[str] = set()
         self.devices: dict[str, DeviceRecord] = {
             name: record
             for name, record in (devices or {}).items()
@@ -68,7 +69,7 @@ class Registry:
             ProtocolError: If the device is built on something else than the run.
         """
         if not hello.online:
-            if self._sessions.get(hello.client) == hello.session:
+            if self._sessions.get(hello.client, hello.session) == hello.session:
                 self._gone([hello.client])
             return False
         if self._known is not None and hello.client not in self._known:
@@ -128,6 +129,7 @@ class Registry:
         if client in self._online:
             return False
         self._online.add(client)
+        self._left.discard(client)
         self.changes += 1
         return True
 
@@ -148,6 +150,7 @@ class Registry:
 
     def _gone(self, clients: Sequence[str]) -> None:
         self._online.difference_update(clients)
+        self._left.update(clients)
         self.changes += len(clients)
 
     def reconnected(self) -> None:
@@ -173,6 +176,14 @@ class Registry:
     def online(self) -> list[str]:
         """Devices that are there, in client order."""
         return sorted(self._online)
+
+    @property
+    def all_left(self) -> bool:
+        """Whether every device of the run has said that it leaves, or is taken for gone.
+
+        One that an earlier process knew may be there until it has said so to this one.
+        """
+        return self._left >= set(self.devices)
 
 
 def _withholds(device: DeviceRecord) -> bool:

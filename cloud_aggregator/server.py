@@ -187,8 +187,9 @@ class Aggregator:
             self._journal.begin(len(self.record.rounds))
             self._close_record("running", None)
             self._enter(self.settings.stages[0])
-            self._phases.gather()
-            self._list_clients()
+            if self.settings.virtual_time or not self._course.is_over:
+                self._phases.gather()
+                self._list_clients()
             reason = ""
             for plan in self.settings.stages:
                 if plan is not self._course.plan:

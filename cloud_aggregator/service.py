@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -83,7 +84,8 @@ class Service(CountingKeys):
         broker: ``mqtt://HOST:PORT`` (``mqtts`` for TLS).
         out: The run's folder; a run that is there goes on.
         clients: How many devices it waits for.
-        minimum_clients: With how many it begins after ``gather_seconds``.
+        minimum_clients: With how many it begins after ``gather_seconds``, and each later round at
+            least. For so long at most it also tells devices that the run is over.
         rounds: At most, of instruction tuning; and so ``local_steps``, ``batch_size`` and
             ``learning_rate``. The other stages have a section each: see
             ``RewardSection`` and ``AlignmentSection``.
@@ -211,10 +213,11 @@ def serve(
     *,
     notify: Callable[..., None],
     on_start: Callable[[Aggregator], None],
+    clock: Callable[[], float] = time.monotonic,
 ) -> RunRecord:
     """Run the aggregator until the run is done or stopped; return its record.
 
-    A missing broker is tried again and again, with back-off.
+    A missing broker is tried again and again, with back-off. ``clock`` gives monotonic seconds.
 
     Raises:
         InputError: If base, folder, store or broker address are not usable, or another aggregator
@@ -255,6 +258,7 @@ def serve(
             store=store,
             notify=tell,
             memory=lambda: psutil.Process().memory_info().rss,
+            clock=clock,
             keys=keys,
             door=service.limits.door,
         )
@@ -304,6 +308,7 @@ def _settings(service: Service, identity: BaseIdentity) -> RunSettings:
         silence_seconds=_SILENT_BEATS * service.heartbeat_seconds,
         virtual_time=False,
         patience_seconds=service.evaluation_seconds,
+        farewell_seconds=service.gather_seconds,
         limits=UploadLimits(grants=service.grants, window=service.window),
         claims=_claims(service),
     )

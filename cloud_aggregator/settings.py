@@ -35,6 +35,8 @@ class RunSettings:
         keep_states: Of each stage, the newest global states that stay; none keeps all.
         silence_seconds: In deployment, after how long without a word a device is taken for gone.
         claims: Where large updates and states lie; without it they travel in chunks.
+        farewell_seconds: In deployment, how long the end is said to devices that have not left: a
+            broker that falls just then has forgotten it.
         waits_for_channel: Whether an emulated upload waits for good coherence blocks.
     """
 
@@ -61,4 +63,5 @@ class RunSettings:
     keep_states: int | None = None
     silence_seconds: float | None = None
     claims: Claims | None = None
+    farewell_seconds: float = 0.0
     limits: UploadLimits = field(default_factory=UploadLimits)

@@ -118,6 +118,15 @@ def reward_change(run: RunRecord, reports: Mapping[str, Report]) -> float | None
     return _mean(changes) if changes else None
 
 
+def list_clients(run: RunRecord, devices: Mapping[str, DeviceRecord]) -> None:
+    """Take newly seen devices into the record; in deployment the data is the clients' own."""
+    known = {c.id: c for c in run.clients} | dict(devices)
+    run.clients = [known[i] for i in sorted(known)]
+    if run.data.sha256 is None:
+        run.data.examples = sum(c.examples for c in run.clients)
+        run.data.held_out_examples = sum(c.held_out_examples for c in run.clients)
+
+
 def summarise(run: RunRecord) -> Summary:
     """Return the summary of a run from its rounds.
 

@@ -22,6 +22,7 @@ from cloud_aggregator.health import monitor, parse_address
 from cloud_aggregator.methods import METHODS, ModuleShape, find_method, stage_layout
 from cloud_aggregator.metrics import CountedNetwork, Metrics
 from cloud_aggregator.records import DataRecord, ModelRecord, PricedRecord, RunRecord
+from cloud_aggregator.restraint import RestraintSettings, check_restraint
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.server import Aggregator
@@ -135,6 +136,7 @@ class Service(CountingKeys):
         replacements: Whether another device is asked in the place of one that vanished, while
             there is time.
         heartbeat_seconds: The devices'; after three of them without a word, one is taken for gone.
+        restraint: A section too: see ``cloud_aggregator.restraint.RestraintSettings``.
         evaluation_seconds: How long it waits for held-out results.
         store: Where the run's state is: ``sqlite:///FILE`` or
             ``postgresql+psycopg://USER@HOST/DATABASE``; by default ``state.sqlite`` in ``out``. An
@@ -186,6 +188,7 @@ class Service(CountingKeys):
     security: SecuritySection = SecuritySection()
     limits: LimitsSection = LimitsSection()
     store: Annotated[str | None, Field(repr=False)] = None
+    restraint: RestraintSettings = RestraintSettings()
     reward: RewardSection = RewardSection()
     alignment: AlignmentSection = AlignmentSection()
 
@@ -225,6 +228,8 @@ def load_service(path: Path) -> Service:
     choose("LoRA placement", service.placement, PLACEMENTS)
     if service.monitor is not None:
         parse_address(service.monitor)
+    stages = parse_stages(service.stages, find_method(service.method))
+    check_restraint(service.restraint, service.method, stages, str(path))
     if service.minimum_clients > service.clients:
         raise InputError(
             f"{path}: minimum_clients = {service.minimum_clients} is above clients = "
@@ -407,6 +412,7 @@ def _stage_plan(service: Service, stage: Stage, layout: Layout) -> StagePlan:
         margin=service.reward.margin if stage == "reward" else 0.0,
         alignment=service.alignment.settings if aligns else None,
         reward_drop=service.alignment.reward_drop,
+        restraint=service.restraint if stage == "instruction" else RestraintSettings(),
     )
 
 

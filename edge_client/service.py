@@ -77,6 +77,8 @@ class Client(Config):
             learns reward models; ``harmlessness_data`` likewise.
         prompts: That alignment answers, ``kit`` or a file; by default the pairs' own.
         trunk_precision: The run's: of the bare base whose hidden states reward models read.
+        others_data: A file of examples that stand for other users' data: the device is measured on
+            them too.
         held_out_share: Of the device's examples, where the data does not say itself.
         private: Whether nothing leaves the device but updates and what they cost: no loss, count or
             figure. A run with ``[privacy]`` takes private devices alone.
@@ -112,6 +114,7 @@ class Client(Config):
     precision: Literal["auto", "fp32", "bf16", "int8", "int8-dynamic", "nf4"] = "auto"
     lora_count: int | None = None
     lora_rank: int | None = None
+    others_data: str | None = None
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     private: bool = False
@@ -269,6 +272,7 @@ def _local_client(
         own,
         [dataset.examples[i] for i in part.train],
         [dataset.examples[i] for i in part.held_out],
+        load_instructions(client.others_data).examples if client.others_data else None,
     )
     folder = _folder(client)
     progress = Progress(folder, interruption, every_steps=client.checkpoint_steps)

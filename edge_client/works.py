@@ -61,6 +61,7 @@ def build_works(
         policy,
         train_examples=data.examples,
         held_out=data.held_out,
+        others=data.others,
         lora_rank=setup.lora_rank,
         adapter_size=setup.adapter_size,
         progress=progress,

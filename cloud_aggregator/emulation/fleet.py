@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
 from cloud_aggregator.experiment import Experiment
+from cloud_aggregator.restraint import RestraintSettings
 from cloud_aggregator.stages import StagePlan
 from device_profiles.fleet import Device, check_lora_count, draw_fleet, find_fleet
 from device_profiles.methods import ModuleShape, Objective, find_method
@@ -15,6 +16,7 @@ from device_profiles.modules import adapter_sites, lora_rank
 from device_profiles.planning import planned_precision
 from device_profiles.pricing import PRICED_SHAPES, CostBasis, cost_basis
 from device_profiles.profile import Profile
+from device_profiles.seeds import stream
 from edge_client.data.instructions import Dataset
 from edge_client.data.own_data import Places, Preferences
 from edge_client.data.partition import Part, partition
@@ -37,6 +39,7 @@ class ClientSpec(BaseModel):
     profile: Profile
     train: list[int]
     held_out: list[int]
+    others: list[int] = []
     own: Places
 
 
@@ -107,6 +110,7 @@ def stage_plans(experiment: Experiment, layouts: Mapping[Stage, Layout]) -> tupl
             margin=experiment.margin if stage == "reward" else 0.0,
             alignment=experiment.alignment if stage == "alignment" else None,
             reward_drop=experiment.reward_drop,
+            restraint=experiment.restraint if stage == "instruction" else RestraintSettings(),
         )
         for stage, layout in layouts.items()
     )
@@ -151,9 +155,10 @@ def plan_fleet(
             profile=device.profile,
             train=list(part.train),
             held_out=list(part.held_out),
+            others=_others(experiment, i, parts),
             own=own,
         )
-        for device, part, own in zip(devices, parts, places, strict=True)
+        for i, (device, part, own) in enumerate(zip(devices, parts, places, strict=True))
     ]
     return FleetPlan(
         clients=clients,
@@ -161,6 +166,14 @@ def plan_fleet(
         modules=modules.shape(),
         priced=_priced(experiment, identity),
     )
+
+
+def _others(experiment: Experiment, client: int, parts: Sequence[Part]) -> list[int]:
+    """Return held-out examples of other clients that one client is measured on, too."""
+    there = [i for n, part in enumerate(parts) if n != client for i in part.held_out]
+    size = min(experiment.others_sample, len(there))
+    places = stream(experiment.seed, "others", client).permutation(len(there))[:size]
+    return sorted(there[int(place)] for place in places)
 
 
 def _priced(experiment: Experiment, identity: BaseIdentity) -> CostBasis | None:

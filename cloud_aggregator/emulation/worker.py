@@ -101,6 +101,7 @@ def build_clients(spec: WorkerSpec, interruption: Interruption | None = None) ->
                     client.own,
                     [examples[i] for i in client.train],
                     [examples[i] for i in client.held_out],
+                    [examples[i] for i in client.others],
                 ),
                 judging=judging,
                 folder=folder.client_path(client.device.id),

@@ -24,7 +24,7 @@ from device_profiles.modules import (
     lora_tensors,
 )
 from edge_client.export.run_files import find_client, finished_round, read_run
-from edge_client.state import ClientState, StateStore
+from edge_client.state import ClientState, StateStore, personal_copy
 from messaging.layout import Tensors
 from quantization.errors import BaseModelError
 from quantization.identity import BaseIdentity, identify
@@ -108,13 +108,13 @@ def find_in_run(folder: Path, client: str, base: str | None = None) -> Personal:
         placement=str(record["placement"]),
         lora_count=count,
         lora_rank=int(record["lora_rank"]) if count else 0,
-        tensors=shared | state.personal,
+        tensors=shared | state.personal | personal_copy(state),
         precision=str(record.get("precision", "")),
         record=record,
         settings=run.settings,
         data_sha256=run.data_sha256,
     )
-    return _checked(personal, own=set(state.personal))
+    return _checked(personal, own=set(state.personal) | set(personal_copy(state)))
 
 
 def find_on_device(state_folder: Path, shared: Path | None, base: str) -> Personal:
@@ -165,7 +165,12 @@ def find_on_device(state_folder: Path, shared: Path | None, base: str) -> Person
 
 
 def _of_device(state: ClientState, shared: Tensors, folder: Path) -> Tensors:
-    """Return what the device trained: its moments name it, whoever holds the tensors."""
+    """Return what the device trained: its moments name it, whoever holds the tensors.
+
+    Where it keeps a copy of its own, that is its personal model, and nothing global is in it.
+    """
+    if copy := personal_copy(state):
+        return copy
     if shared and not state.first_moments:
         raise InputError(
             f"the newest state in {folder} is of a stage that has not trained the model yet "

@@ -23,6 +23,7 @@ from device_profiles.modules import (
 )
 from device_profiles.modules import lora_rank as check_lora_rank
 from edge_client.peft.bottleneck import BottleneckAdapter
+from edge_client.peft.dropout import LoraDropout
 from messaging.layout import Tensors
 from quantization.base_model import Base, split_attention
 
@@ -61,6 +62,11 @@ class TunedModel:
         if self._sites:
             _add_lora(self.model, self._sites, lora_rank)
         self._lora = {site.path: self.model.get_submodule(site.path) for site in self._sites}
+        #: Dropout on what LoRA modules are given; none leaves nothing out.
+        self.drop: LoraDropout | None = None
+        for path, module in self._lora.items():
+            dropouts: Any = module.lora_dropout
+            dropouts[_PEFT_NAME] = _SiteDropout(self, path)
         self.model.eval()  # dropout stays off; gradients do not need training mode
         self._active: dict[str, nn.Parameter] = {}
         self.activate(lora_count)
@@ -124,6 +130,20 @@ class TunedModel:
         chosen = self.hidden(tokens)[places]  # (N, D)
         logits: torch.Tensor = self.model.lm_head(chosen)
         return logits
+
+
+class _SiteDropout(nn.Module):
+    """peft's dropout of one module, with the masks that the model's ``drop`` says."""
+
+    def __init__(self, owner: TunedModel, site: str) -> None:
+        super().__init__()
+        self._owner, self._site = owner, site
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        drop = self._owner.drop
+        if drop is None:
+            return inputs
+        return inputs * drop.kept(self._site, inputs.shape, inputs.device) * drop.scale
 
 
 def _add_adapters(base: Base, size: int) -> dict[str, BottleneckAdapter]:

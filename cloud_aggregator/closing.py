@@ -126,7 +126,7 @@ def _instruction_lines(record: RunRecord) -> list[str]:
         f"{percent(s.eval_accuracy_after)} (loss {nats(s.eval_loss_before)} to "
         f"{nats(s.eval_loss_after)}); it rose for {s.clients_improved} of {len(record.clients)} "
         f"clients; the worst client has {percent(s.worst_client_accuracy)}.",
-        *fairness_lines(s),
+        *(fairness_lines(s) if s.others_accuracy_after is not None else []),
     ]
 
 

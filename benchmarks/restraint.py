@@ -5,7 +5,7 @@
 Every ninth row of the kit is divided among three clients, half of it held out: some twenty rows
 each to learn from, gone through eight times. Each restraint is run for several seeds (they draw
 clients, split, modules and batches) beside a run without any, and is compared seed by seed.
-Prints Markdown; the records stay in the folder, and runs that are there are not done again.
+Prints Markdown; the records stay in the folder, and a run that is there is gone on with.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 RESTRAINTS: dict[str, dict[str, float]] = {
     "none": {},
     "proximal 0.1": {"proximal": 0.1},
-    "proximal 0.01": {"proximal": 0.01},
     "LoRA dropout 0.3": {"lora_dropout": 0.3},
     "weight decay 1": {"weight_decay": 1.0},
     "early stopping": {"stopping_patience": 1, "validation_every": 4},
@@ -70,10 +69,11 @@ def figures(folder: Path, settings: dict[str, Any]) -> list[float]:
     from cloud_aggregator import Experiment, emulate
     from cloud_aggregator.run_folder import RunFolder, read_record
 
-    if RunFolder(folder).record_path.exists() and read_record(folder).status == "done":
+    begun = RunFolder(folder).record_path.exists()
+    if begun and read_record(folder).status == "done":
         record = read_record(folder)
     else:
-        record = emulate(Experiment(**settings), folder)
+        record = emulate(Experiment(**settings), folder, resume=begun)
     summary = record.summary
     last = record.rounds[-1]
     train = statistics.fmean(c.train_loss for c in last.clients if c.train_loss is not None)

@@ -42,7 +42,7 @@ from messaging.layout import Layout, joint_sha256
 from messaging.mqtt import MqttNetwork
 from messaging.protocol import AlignmentSettings, Codec, Identifier, Stage
 from messaging.transfer import UploadLimits
-from quantization.identity import BaseIdentity, binding, identify
+from quantization.identity import BaseIdentity, binding, identify, require_gpt2
 
 log = logging.getLogger(__name__)
 
@@ -328,14 +328,16 @@ def _settings(service: Service, identity: BaseIdentity) -> RunSettings:
         lora_rank=lora_rank(identity.shape, service.lora_rank)[0],
     )
     method = find_method(service.method)
+    stages = parse_stages(service.stages, method)
+    if stages != ["instruction"]:
+        require_gpt2(identity, f"stages = '{service.stages}'")
     return RunSettings(
         run=service.run,
         method=service.method,
         seed=service.seed,
         modules=modules,
         stages=tuple(
-            _stage_plan(service, stage, stage_layout(stage, method, modules))
-            for stage in parse_stages(service.stages, method)
+            _stage_plan(service, stage, stage_layout(stage, method, modules)) for stage in stages
         ),
         binding=binding(identity, service.placement),
         clients=service.clients,

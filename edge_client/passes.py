@@ -15,6 +15,7 @@ from device_profiles.errors import InputError
 from edge_client.data.batches import make_batch
 from edge_client.data.packing import micro_batches, pack
 from edge_client.data.prompts import Encoded
+from edge_client.peft.build import Tunable
 from edge_client.peft.dropout import LoraDropout
 from edge_client.peft.packed_model import PackedModel
 from edge_client.peft.tuned_model import TunedModel
@@ -82,7 +83,7 @@ class _PaddedPasses:
             parameter.copy_(part.view_as(parameter))
 
 
-def passes_of(model: PackedModel | TunedModel, accumulate: int | None, checkpoint: bool) -> Passes:
+def passes_of(model: Tunable, accumulate: int | None, checkpoint: bool) -> Passes:
     """Return the passes of a model.
 
     Args:
@@ -102,7 +103,7 @@ def passes_of(model: PackedModel | TunedModel, accumulate: int | None, checkpoin
     return _PaddedPasses(model)
 
 
-def score(model: PackedModel | TunedModel, batch: Sequence[Encoded]) -> tuple[float, int]:
+def score(model: Tunable, batch: Sequence[Encoded]) -> tuple[float, int]:
     """Return the summed loss, nats, and how many targets are predicted."""
     if isinstance(model, PackedModel):
         loss, hits = model.score(pack(batch, model.device))

@@ -22,9 +22,8 @@ from edge_client.data.batches import training_order
 from edge_client.data.prompts import Encoded
 from edge_client.descent import Descent, Moments
 from edge_client.passes import passes_of, response_tokens, score
+from edge_client.peft.build import Tunable
 from edge_client.peft.flat_state import joined, named
-from edge_client.peft.packed_model import PackedModel
-from edge_client.peft.tuned_model import TunedModel
 from edge_client.progress import Interruption, Progress, Standing
 from edge_client.restraint import FREE, Anchor, Restraint, Watch
 from edge_client.state import ClientState
@@ -73,7 +72,7 @@ class Evaluation:
 
 
 def train(
-    model: PackedModel | TunedModel,
+    model: Tunable,
     state: ClientState,
     examples: Sequence[Encoded],
     *,
@@ -213,7 +212,7 @@ class _Log:
         self,
         progress: Progress | None,
         settings: str,
-        model: PackedModel | TunedModel,
+        model: Tunable,
         moments: Moments,
         examples: Sequence[Encoded],
     ) -> None:
@@ -277,7 +276,7 @@ def _stand(
 
 
 def evaluate(
-    model: PackedModel | TunedModel,
+    model: Tunable,
     examples: Sequence[Encoded],
     interruption: Interruption | None = None,
 ) -> Evaluation:

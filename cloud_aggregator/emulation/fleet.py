@@ -13,17 +13,16 @@ from cloud_aggregator.stages import StagePlan
 from device_profiles.fleet import Device, check_lora_count, draw_fleet, find_fleet
 from device_profiles.methods import ModuleShape, Objective, find_method
 from device_profiles.modules import adapter_sites, lora_rank
-from device_profiles.planning import planned_precision
 from device_profiles.pricing import PRICED_SHAPES, CostBasis, cost_basis
 from device_profiles.profile import Profile
 from device_profiles.seeds import stream
 from edge_client.data.instructions import Dataset
 from edge_client.data.own_data import Places, Preferences
 from edge_client.data.partition import Part, partition
-from edge_client.device_record import Modules, describe_device
+from edge_client.device_record import Modules, base_precision, describe_device
 from edge_client.reward.reference import scoring
 from messaging.layout import Layout
-from messaging.protocol import DeviceRecord, Precision, Stage
+from messaging.protocol import DeviceRecord, Stage
 from quantization.identity import BaseIdentity
 
 #: The broker's address reaches a worker through its environment: it may hold a password.
@@ -184,12 +183,6 @@ def _priced(experiment: Experiment, identity: BaseIdentity) -> CostBasis | None:
     return cost_basis(experiment.priced_at, identity.shape, rank)
 
 
-def _precision(experiment: Experiment, device: Device) -> Precision:
-    if experiment.precision != "auto":
-        return experiment.precision
-    return planned_precision(device.profile)
-
-
 def _describe(
     experiment: Experiment, modules: Modules, device: Device, part: Part, own: Places
 ) -> DeviceRecord:
@@ -206,7 +199,7 @@ def _describe(
         helpfulness=device.preference if experiment.preference is None else experiment.preference,
         preference_pairs=own.training_pairs,
         scoring=scoring(experiment.trunk_precision) if own.train else "",
-        precision=_precision(experiment, device),
+        precision=base_precision(modules.identity, experiment.precision, device.profile),
         costs="modelled",
         private=experiment.privacy is not None,
     )

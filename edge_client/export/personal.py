@@ -27,7 +27,7 @@ from edge_client.export.run_files import find_client, finished_round, read_run
 from edge_client.state import ClientState, StateStore, personal_copy
 from messaging.layout import Tensors
 from quantization.errors import BaseModelError
-from quantization.identity import BaseIdentity, identify
+from quantization.identity import BaseIdentity, identify, require_gpt2
 
 _ADAPTER = "adapters.0.attention.down.weight"
 _FACTOR = ".lora_A.weight"
@@ -139,6 +139,7 @@ def find_on_device(state_folder: Path, shared: Path | None, base: str) -> Person
         )
     tensors = _of_device(state, _read_tensors(shared) if shared is not None else {}, state_folder)
     identity = _identify(base, given=True)
+    require_gpt2(identity, "a model from a device's folder")
     factors = {n.removesuffix(_FACTOR): t for n, t in tensors.items() if n.endswith(_FACTOR)}
     placement = next(
         (p for p in PLACEMENTS if set(factors) <= {s.path for s in lora_sites(identity.shape, p)}),

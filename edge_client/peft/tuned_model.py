@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from device_profiles.errors import InputError
+from device_profiles.families import FAMILIES
 from device_profiles.modules import (
     ADAPTER_SITES,
     LoraSite,
@@ -122,13 +123,13 @@ class TunedModel:
 
         With causal attention, what is right of a token cannot reach it, so no mask is needed.
         """
-        states: torch.Tensor = self.model.transformer(input_ids=tokens).last_hidden_state
+        states: torch.Tensor = self.model.base_model(input_ids=tokens).last_hidden_state
         return states
 
     def logits_at(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Return next-token logits at the chosen places only. Shapes (B, T), (B, T) -> (N, V)."""
         chosen = self.hidden(tokens)[places]  # (N, D)
-        logits: torch.Tensor = self.model.lm_head(chosen)
+        logits: torch.Tensor = self.model.get_output_embeddings()(chosen)
         return logits
 
 
@@ -149,9 +150,9 @@ class _SiteDropout(nn.Module):
 def _add_adapters(base: Base, size: int) -> dict[str, BottleneckAdapter]:
     """Register adapters on the model, and a hook at each site that applies one."""
     adapters: dict[str, BottleneckAdapter] = {}
-    width = base.identity.shape.width
-    for i, block in enumerate(base.model.transformer.h):
-        places = {"attention": block.attn, "mlp": block.mlp, "block": block}
+    width, family = base.identity.shape.width, FAMILIES[base.identity.shape.family]
+    for i, block in enumerate(base.model.get_submodule(family.blocks)):
+        places = {"attention": getattr(block, family.attention), "mlp": block.mlp, "block": block}
         for site in ADAPTER_SITES:
             adapter = BottleneckAdapter(width, size)
             block.add_module(f"adapter_{site}", adapter)

@@ -68,8 +68,10 @@ class _PaddedPasses:
         self.finish()
         padded = make_batch(batch, self._model.base.end_token)
         self._model.drop = drop
-        logits = self._model.logits_at(padded.tokens, padded.places)  # (P, V)
-        self._model.drop = None
+        try:
+            logits = self._model.logits_at(padded.tokens, padded.places)  # (P, V)
+        finally:
+            self._model.drop = None  # whoever measures next sees everything
         loss = torch.nn.functional.cross_entropy(logits.float(), padded.targets)
         if self._parameters:
             parts = torch.autograd.grad(loss, self._parameters)

@@ -3,7 +3,7 @@
     python benchmarks/restraint.py --out folder
 
 Every ninth row of the kit is divided among three clients, half of it held out: some twenty rows
-each to learn from, gone through eight times. Each restraint is run for several seeds (they draw
+each to learn from, gone through once a round. Each restraint is run for several seeds (they draw
 clients, split, modules and batches) beside a run without any, and is compared seed by seed.
 Prints Markdown; the records stay in the folder, and a run that is there is gone on with.
 """
@@ -28,7 +28,6 @@ RESTRAINTS: dict[str, dict[str, float]] = {
 
 COMMON: dict[str, Any] = {
     "clients": 3,
-    "rounds": 8,
     "local_steps": 10,
     "batch_size": 2,
     "learning_rate": 3e-3,
@@ -64,29 +63,23 @@ def rows_of_kit(folder: Path) -> Path:
     return path
 
 
-def figures(folder: Path, settings: dict[str, Any]) -> list[float]:
-    """Return a run's figures after its last round; the run is done if it is not there."""
+def figures(folder: Path, settings: dict[str, Any], rounds: int) -> list[float]:
+    """Return a run's figures after a round; rounds that are not there yet are done first."""
     from cloud_aggregator import Experiment, emulate
     from cloud_aggregator.run_folder import RunFolder, read_record
 
     begun = RunFolder(folder).record_path.exists()
-    if begun and read_record(folder).status == "done":
+    if begun and len(read_record(folder).rounds) >= rounds:
         record = read_record(folder)
     else:
-        record = emulate(Experiment(**settings), folder, resume=begun)
-    summary = record.summary
-    last = record.rounds[-1]
+        record = emulate(Experiment(**settings, rounds=rounds), folder, resume=begun)
+    last = record.rounds[rounds - 1]
+    means = last.global_
     train = statistics.fmean(c.train_loss for c in last.clients if c.train_loss is not None)
-    own, others = summary.eval_accuracy_after or 0.0, summary.others_accuracy_after or 0.0
-    return [
-        train,
-        summary.eval_loss_after or 0.0,
-        summary.others_loss_after or 0.0,
-        100 * own,
-        100 * others,
-        100 * (own - others),
-        100 * (summary.worst_client_accuracy or 0.0),
-    ]
+    own, others = means.eval_accuracy or 0.0, means.others_accuracy or 0.0
+    worst = min(c.eval_accuracy for c in last.clients if c.eval_accuracy is not None)
+    losses = [train, means.eval_loss or 0.0, means.others_loss or 0.0]
+    return losses + [100 * share for share in (own, others, own - others, worst)]
 
 
 def table(found: dict[str, list[list[float]]]) -> list[str]:
@@ -114,6 +107,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     data = str(rows_of_kit(chosen.out))
@@ -121,7 +115,8 @@ def main() -> int:
     for seed in range(chosen.seeds):
         for name, settings in RESTRAINTS.items():
             folder = chosen.out / f"{name.replace(' ', '-')}-{seed}"
-            run = figures(folder, {**COMMON, **settings, "data": data, "seed": seed})
+            given = {**COMMON, **settings, "data": data, "seed": seed}
+            run = figures(folder, given, chosen.rounds)
             found[name].append(run)
             sys.stderr.write(f"seed {seed}, {name}: {run}\n")
     print("\n".join(table(found)))

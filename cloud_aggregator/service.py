@@ -22,6 +22,7 @@ from cloud_aggregator.health import monitor, parse_address
 from cloud_aggregator.methods import METHODS, ModuleShape, find_method, stage_layout
 from cloud_aggregator.metrics import CountedNetwork, Metrics
 from cloud_aggregator.records import DataRecord, ModelRecord, PricedRecord, RunRecord
+from cloud_aggregator.restraint import RestraintSettings, check_restraint
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.server import Aggregator
@@ -40,7 +41,7 @@ from messaging.layout import Layout, joint_sha256
 from messaging.mqtt import MqttNetwork
 from messaging.protocol import AlignmentSettings, Codec, Identifier, Stage
 from messaging.transfer import UploadLimits
-from quantization.identity import BaseIdentity, binding, identify
+from quantization.identity import BaseIdentity, binding, identify, require_gpt2
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class Service(CountingKeys):
         replacements: Whether another device is asked in the place of one that vanished, while
             there is time.
         heartbeat_seconds: The devices'; after three of them without a word, one is taken for gone.
+        restraint: A section too: see ``cloud_aggregator.restraint.RestraintSettings``.
         evaluation_seconds: How long it waits for held-out results.
         store: Where the run's state is: ``sqlite:///FILE`` or
             ``postgresql+psycopg://USER@HOST/DATABASE``; by default ``state.sqlite`` in ``out``. An
@@ -148,6 +150,7 @@ class Service(CountingKeys):
     security: SecuritySection = SecuritySection()
     limits: LimitsSection = LimitsSection()
     store: Annotated[str | None, Field(repr=False)] = None
+    restraint: RestraintSettings = RestraintSettings()
     reward: RewardSection = RewardSection()
     alignment: AlignmentSection = AlignmentSection()
 
@@ -187,6 +190,8 @@ def load_service(path: Path) -> Service:
     choose("LoRA placement", service.placement, PLACEMENTS)
     if service.monitor is not None:
         parse_address(service.monitor)
+    stages = parse_stages(service.stages, find_method(service.method))
+    check_restraint(service.restraint, service.method, stages, str(path))
     if service.minimum_clients > service.clients:
         raise InputError(
             f"{path}: minimum_clients = {service.minimum_clients} is above clients = "
@@ -285,14 +290,16 @@ def _settings(service: Service, identity: BaseIdentity) -> RunSettings:
         lora_rank=lora_rank(identity.shape, service.lora_rank)[0],
     )
     method = find_method(service.method)
+    stages = parse_stages(service.stages, method)
+    if stages != ["instruction"]:
+        require_gpt2(identity, f"stages = '{service.stages}'")
     return RunSettings(
         run=service.run,
         method=service.method,
         seed=service.seed,
         modules=modules,
         stages=tuple(
-            _stage_plan(service, stage, stage_layout(stage, method, modules))
-            for stage in parse_stages(service.stages, method)
+            _stage_plan(service, stage, stage_layout(stage, method, modules)) for stage in stages
         ),
         binding=binding(identity, service.placement),
         clients=service.clients,
@@ -369,6 +376,7 @@ def _stage_plan(service: Service, stage: Stage, layout: Layout) -> StagePlan:
         margin=service.reward.margin if stage == "reward" else 0.0,
         alignment=service.alignment.settings if aligns else None,
         reward_drop=service.alignment.reward_drop,
+        restraint=service.restraint if stage == "instruction" else RestraintSettings(),
     )
 
 

@@ -132,6 +132,7 @@ def stop_on_signals(aggregator: Aggregator) -> None:
 @click.option("--trim-share", type=float, metavar="X", help="For trimmed-mean, at each end.")
 @click.option("--byzantine", type=int, metavar="N", help="For krum: bad updates reckoned with.")
 @click.option("--max-staleness", type=int, metavar="N", help="For fedbuff, in rounds (5).")
+@click.option("--max-norm", type=float, metavar="X", help="Above it an update is refused.")
 @click.option(
     "--over-selection", type=float, metavar="X", help="Devices asked an update needed (1)."
 )

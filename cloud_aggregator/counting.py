@@ -39,12 +39,14 @@ class Counting:
         robust: What it is told.
         max_staleness: Rounds for which a late update waits; none where late ones are left out.
         privacy: Of each client, from whoever sees the global states; none without.
+        max_norm: Euclidean norm above which an update is refused, whatever the rule.
     """
 
     rule: str = "mean"
     robust: RobustSettings = field(default_factory=RobustSettings)
     max_staleness: int | None = None
     privacy: PrivacySettings | None = None
+    max_norm: float | None = None
 
 
 class PrivacySection(Config):
@@ -72,6 +74,8 @@ class CountingKeys(Config):
         trim_share: For trimmed-mean: share of the values left out at each end, 0 to below 0.5.
         byzantine: For krum: bad updates that are reckoned with.
         max_staleness: For fedbuff: rounds after which a late update is dropped (5).
+        max_norm: Euclidean norm above which an update is refused; by default only an update that
+            moves a weight by more than 10^6 is.
         over_selection: Devices that are asked for each update that a round needs, 1 to 10; needs a
             cohort.
         keep_states: Of each stage, the newest global states that stay in the run's folder; by
@@ -84,6 +88,7 @@ class CountingKeys(Config):
     trim_share: float | None = None
     byzantine: Annotated[int, Field(ge=0, le=100_000)] | None = None
     max_staleness: Annotated[int, Field(ge=1, le=1000)] | None = None
+    max_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0
     keep_states: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     privacy: PrivacySection | None = None
@@ -100,6 +105,7 @@ class CountingKeys(Config):
         """
         private = self.privacy
         return Counting(
+            max_norm=self.max_norm,
             rule="mean" if self.aggregation == FEDBUFF else self.aggregation,
             robust=RobustSettings(
                 clip_norm=self.clip_norm, trim_share=self.trim_share, byzantine=self.byzantine

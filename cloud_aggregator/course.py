@@ -42,11 +42,21 @@ class Course:
         self.settings = settings
         self.record = record
         self.plan = settings.stages[0]
-        self.shelf = Shelf(settings.run, self.plan.layout, folder, settings.chunk_bytes)
+        self.shelf = Shelf(
+            settings.run, self.plan.layout, folder, settings.chunk_bytes, settings.claims
+        )
         self.layouts_sha256 = joint_sha256(plan.layout for plan in settings.stages)
         self.reward: StateRef | None = None
         self.reference: StateRef | None = None
         self._policy: tuple[Vector, int] | None = None  # that instruction tuning ended with
+
+    def fit(self, largest_packet: int | None) -> bool:
+        """Cut the global states for a broker; return whether references to them have changed."""
+        if not self.shelf.fit(largest_packet):
+            return False
+        self.reward = self.shelf.current(self.reward)
+        self.reference = self.shelf.current(self.reference)
+        return True
 
     def check_order(self) -> None:
         """Refuse more rounds of a stage that a later one has been built on.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 
 from cloud_aggregator.course import Course
 from cloud_aggregator.door import Bucket
+from cloud_aggregator.fetches import Fetched, Fetches
 from cloud_aggregator.intake import Intake
 from cloud_aggregator.reconnects import Reconnects
 from cloud_aggregator.registry import Registry
@@ -35,7 +36,7 @@ from messaging.protocol import (
     encode,
 )
 from messaging.security import CloudSeal
-from messaging.transport import Transport
+from messaging.transport import Transport, largest_packet
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Desk:
         tasks: What devices are to do now, for those who ask again.
         reports: What they answered.
         intake: Of the round's updates.
+        fetches: Fetches those that lie in a store, if the run has one.
         refused: What was refused since someone last looked, by code.
     """
 
@@ -82,6 +84,7 @@ class Desk:
         self.tasks: dict[str, Task] = {}
         self.reports: dict[str, Report] = {}
         self.intake: Intake | None = None
+        self.fetches: Fetches | None = None
         self.refused: Counter[str] = Counter()
         self._course = course
         self._run = course.settings.run
@@ -155,6 +158,7 @@ class Desk:
         """Take what arrived; whatever is wrong with it is counted and told."""
         if not topic:  # connected, perhaps again
             self._registry.reconnected()
+            self._fit()
             self.publish_manifest()
             return
         if not payload:  # a retained message was taken back
@@ -223,11 +227,32 @@ class Desk:
         )
         self.send(client, reject)
 
+    def _fit(self) -> None:
+        """Name states in pieces that this broker takes; a device at a task hears it once more."""
+        if self._course.fit(largest_packet(self._transport)):
+            current = self._course.shelf.current
+            names = ("state", "reward", "reference")
+            self.tasks = {
+                client: task.model_copy(update={n: current(getattr(task, n)) for n in names})
+                for client, task in self.tasks.items()
+            }
+
+    def fetched(self, fetched: Fetched) -> None:
+        """Take what came of fetching an update from a store; a refusal is counted and told."""
+        client = fetched.offer.client
+        try:
+            if self.intake is None:
+                fetched.path.unlink(missing_ok=True)
+            else:
+                self.intake.fetched(fetched, self._clock())
+        except ProtocolError as err:
+            self._refuse(client, err)
+
     def _take_data(self, client: str, payload: bytes) -> None:
         if self.intake is None:
             raise ProtocolError("grant", "chunk while no round is open")
         self.intake.data(client, parse_chunk(self._run, payload), self._clock())
-        self._registry.heard(client)
+        self._heard(client)
 
     def _take(self, client: str, message: Message) -> None:
         if message.run != self._run or getattr(message, "client", None) != client:
@@ -238,7 +263,7 @@ class Desk:
         if not isinstance(message, Alive | Offer | Want | Report):
             raise ProtocolError("schema", f"{message.kind} is not for the aggregator")
         self._registry.check_session(client, message.session)
-        self._registry.heard(client)
+        self._heard(client)
         if isinstance(message, Want):
             down = topics.down(self._run, client)
             self._course.shelf.answer(message, lambda packet: self._transport.publish(down, packet))
@@ -246,6 +271,21 @@ class Desk:
             self._offered(message)
         elif isinstance(message, Report):
             self._reported(message)
+
+    def _heard(self, client: str) -> None:
+        """Note that a device is there; one that was taken for gone is back without a HELLO."""
+        if self._registry.heard(client):
+            self._tell_of(client, online=True)
+
+    def _tell_of(self, client: str, *, online: bool) -> None:
+        device = self._registry.devices.get(client)
+        self._notify(
+            "hello",
+            client=client,
+            online=online,
+            profile=device.profile if device else "",
+            lora_count=device.lora_count if device else 0,
+        )
 
     def _greeted(self, hello: Hello) -> None:
         if self._seal is not None and hello.online:
@@ -256,16 +296,9 @@ class Desk:
         except ProtocolError as err:
             self._reject(hello.client, err)
             raise
-        device = self._registry.devices.get(hello.client)
         if there and self._reconnects.greeted(self._clock(), len(self._registry.devices)):
             self.publish_manifest()
-        self._notify(
-            "hello",
-            client=hello.client,
-            online=hello.online,
-            profile=device.profile if device else "",
-            lora_count=device.lora_count if device else 0,
-        )
+        self._tell_of(hello.client, online=hello.online)
         if there and self._finished is not None:
             self.send(hello.client, stop_task(self._course, hello.client, self._finished))
         elif there and (task := self._owed(hello.client)) is not None:

@@ -20,7 +20,7 @@ from device_profiles.link import PAPER_LINK, Link, profile_link
 from device_profiles.modules import PLACEMENTS
 from device_profiles.profile import Radio
 from device_profiles.stages import STAGES, parse_stages
-from messaging.chunks import CHUNK_BYTES
+from messaging.chunks import CHUNK_BYTES, ChunkBytes
 from messaging.mqtt import parse_address
 from messaging.protocol import AlignmentSettings, Codec, Stage
 
@@ -182,7 +182,7 @@ class Experiment(CountingKeys):
     epsilon: Annotated[float, Field(ge=0)] = 0.0
     patience: Annotated[int, Field(ge=0)] = 0
     threads: Annotated[int, Field(ge=1, le=256)] = 1
-    chunk_bytes: Annotated[int, Field(ge=1024, le=262_144)] = CHUNK_BYTES
+    chunk_bytes: ChunkBytes = CHUNK_BYTES
     engine: Literal["local"] = "local"
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     transport: Literal["mqtt", "memory"] = "mqtt"

@@ -36,7 +36,8 @@ class Inbox:
         self._tick = tick
         self._clock = clock
         # A simple queue: a signal handler may put while this thread gets.
-        self._queue: queue.SimpleQueue[tuple[str, bytes] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[str, bytes] | Callable[[], None] | None]
+        self._queue = queue.SimpleQueue()
         self._stop = threading.Event()
         self._failure: Exception | None = None
         self.ticked_at: float | None = None
@@ -44,6 +45,10 @@ class Inbox:
     def put(self, topic: str, payload: bytes) -> None:
         """Take what arrived on a topic; callable from any thread."""
         self._queue.put((topic, payload))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call ``function`` on the thread that waits, in its turn; callable from any thread."""
+        self._queue.put(function)
 
     def stop(self) -> None:
         """Make ``wait`` raise ``StoppedError``; callable from any thread or signal handler."""
@@ -79,7 +84,9 @@ class Inbox:
                 raise self._failure
             if self._stop.is_set():
                 raise StoppedError
-            if event is not None:
+            if callable(event):
+                event()
+            elif event is not None:
                 self._take(*event)
         return True
 

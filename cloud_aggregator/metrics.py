@@ -145,8 +145,15 @@ class Metrics:
 
     _on_silent = _on_gone
 
-    def _on_task(self, work: str, round: int, clients: Iterable[str], **_fields: Any) -> None:
+    def _on_task(
+        self, work: str, round: int, clients: Iterable[str], more: bool = False, **_fields: Any
+    ) -> None:
         self._round.set(round)
+        if more:  # in the place of some that vanished; the others are at work
+            self._asked |= set(clients)
+            for client in clients:
+                self._place(client)
+            return
         affected = self._asked | self._uploaded
         self._uploaded.clear()
         self._granted.clear()

@@ -177,6 +177,7 @@ class Phases:
                 limits=settings.limits,
                 virtual_time=settings.virtual_time,
                 round_rules=settings.rules,
+                max_norm=settings.counting.max_norm,
             ),
             self._journal.spool(number),
             began=self._clock(),
@@ -184,6 +185,7 @@ class Phases:
             notify=self._notify,
             wanted=opened.wanted,
             stale=self._journal.stale,
+            fetches=self._desk.fetches,
         )
         if opened.accepted is not None:
             intake.round.recorded(opened.accepted, opened.closed_seconds or 0.0)
@@ -319,7 +321,8 @@ class Phases:
         told = self._course.outcomes() | {i: (word, number) for i, word in outcomes.items()}
         tasks = make_tasks(self._course, work, number, clients, told)
         stage = self._course.plan.stage
-        self._notify("task", work=work, stage=stage, round=number, clients=sorted(tasks))
+        said = {"work": work, "stage": stage, "round": number, "clients": sorted(tasks)}
+        self._notify("task", **said, **({"more": True} if more else {}))
         if more:
             self._desk.assign_more(tasks)
         else:

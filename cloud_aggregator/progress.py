@@ -173,7 +173,9 @@ class ProgressView:
         row.doing = "ready" if online else "left"
         row.profile, row.lora_count = profile or row.profile, lora_count or row.lora_count
 
-    def _on_task(self, work: str, round: int, clients: list[str], stage: str) -> None:
+    def _on_task(
+        self, work: str, round: int, clients: list[str], stage: str, **_fields: Any
+    ) -> None:
         self._view.round = round
         words = _TRAINING.get(stage, "training") if work == "train" else "measuring"
         for client in clients:

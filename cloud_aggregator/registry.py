@@ -90,7 +90,7 @@ class Registry:
             raise ProtocolError("identity", "HELLO without a record of the device that sends it")
         if self._private and not _withholds(hello.device):
             raise ProtocolError(
-                "privacy",
+                "private",
                 f"the run is private and device '{hello.client}' says what it holds; set private = "
                 "true in its configuration",
             )
@@ -123,13 +123,15 @@ class Registry:
         self._changed.clear()
         return changed
 
-    def heard(self, client: str) -> None:
-        """Note that a device said something in its newest session: it is there."""
+    def heard(self, client: str) -> bool:
+        """Note that a device said something in its newest session; return whether it was gone."""
         self._heard[client] = self._listened
-        if client not in self._online:
-            self._online.add(client)
-            self._left.discard(client)
-            self.changes += 1
+        if client in self._online:
+            return False
+        self._online.add(client)
+        self._left.discard(client)
+        self.changes += 1
+        return True
 
     def look(self, now: float) -> list[str]:
         """Return who has just fallen silent for too long, in client order; called every second.

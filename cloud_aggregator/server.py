@@ -18,6 +18,7 @@ from cloud_aggregator.combining import Combined, combine
 from cloud_aggregator.course import Course
 from cloud_aggregator.desk import Desk
 from cloud_aggregator.door import Door, DoorLimits
+from cloud_aggregator.fetches import Fetches
 from cloud_aggregator.health import Vitals
 from cloud_aggregator.inbox import Inbox, StoppedError
 from cloud_aggregator.intake import Intake
@@ -122,6 +123,11 @@ class Aggregator:
             clock=clock,
             seal=seal,
         )
+        if settings.claims is not None:
+            self._desk.fetches = Fetches(
+                settings.claims.store,
+                lambda fetched: self._inbox.call(lambda: self._desk.fetched(fetched)),
+            )
         self._journal = Journal(
             store,
             folder,
@@ -209,6 +215,8 @@ class Aggregator:
     def _leave(self) -> None:
         if self._desk.intake is not None:
             self._desk.intake.close()
+        if self._desk.fetches is not None:
+            self._desk.fetches.close()
         self._tell_refusals()
         try:
             self._notify("end", status=self.record.status, reason=self.record.stop_reason)
@@ -249,7 +257,7 @@ class Aggregator:
         self._tell_refusals()
         for client in self._registry.look(now):
             log.info("'%s' has said nothing for too long; it is taken for gone", client)
-            self._notify("silent", client=client)
+            self._notify("gone", client=client)
         self._journal.keep_devices(self._registry)
         if self._desk.intake is not None:
             self._desk.intake.expire(now)

@@ -34,7 +34,8 @@ from device_profiles.modules import PLACEMENTS, lora_rank
 from device_profiles.pricing import CostBasis
 from device_profiles.stages import parse_stages
 from messaging.access import BrokerAccess
-from messaging.chunks import CHUNK_BYTES
+from messaging.chunks import CHUNK_BYTES, ChunkBytes
+from messaging.claims import CLAIM_ABOVE_BYTES, Claims, ClaimStore
 from messaging.key_files import run_keys
 from messaging.layout import Layout, joint_sha256
 from messaging.mqtt import MqttNetwork
@@ -138,8 +139,13 @@ class Service(CountingKeys):
         store: Where the run's state is: ``sqlite:///FILE`` or
             ``postgresql+psycopg://USER@HOST/DATABASE``; by default ``state.sqlite`` in ``out``. An
             address with a password is better given in the environment, as ``PWFF_STORE``.
+        chunk_bytes: Of a piece on its way down with its header, or ``standard`` (122,880) or
+            ``small`` (61,440); smaller by itself where the broker takes less.
         grants: Uploads that may send at once.
         window: Chunks of one upload in flight; grants * window stays below the broker's queue.
+        claim_store: Where updates and states above ``claim_above_bytes`` lie beside the broker, the
+            same for all devices: ``file:///FOLDER``, ``s3://BUCKET/PREFIX``, ``https://HOST/PATH``.
+            Without it, everything travels in chunks.
         monitor: ``HOST:PORT`` that /metrics, /healthz and /readyz are answered at; by default at
             none.
     """
@@ -163,8 +169,8 @@ class Service(CountingKeys):
     max_length: Annotated[int, Field(ge=8, le=8192)] = 256
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     codec: Codec = "fp32"
-    chunk_bytes: Annotated[int, Field(ge=1024, le=262_144)] = CHUNK_BYTES
     cohort: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    chunk_bytes: ChunkBytes = CHUNK_BYTES
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.8
     deadline_seconds: Annotated[float, Field(gt=0, le=1e6)] = 3600.0
     replacements: bool = True
@@ -173,7 +179,9 @@ class Service(CountingKeys):
     epsilon: Annotated[float, Field(ge=0)] = 0.001
     patience: Annotated[int, Field(ge=0)] = 5
     grants: Annotated[int, Field(ge=1, le=1024)] = 16
-    window: Annotated[int, Field(ge=1, le=1024)] = 8
+    window: Annotated[int, Field(ge=1, le=1024)] = 16
+    claim_store: str | None = None
+    claim_above_bytes: Annotated[int, Field(ge=0, le=2**33)] = CLAIM_ABOVE_BYTES
     monitor: str | None = None
     security: SecuritySection = SecuritySection()
     limits: LimitsSection = LimitsSection()
@@ -340,7 +348,15 @@ def _settings(service: Service, identity: BaseIdentity) -> RunSettings:
         patience_seconds=service.evaluation_seconds,
         farewell_seconds=service.gather_seconds,
         limits=UploadLimits(grants=service.grants, window=service.window),
+        claims=_claims(service),
     )
+
+
+def _claims(service: Service) -> Claims | None:
+    if service.claim_store is None:
+        return None
+    store = ClaimStore(service.claim_store)
+    return Claims(store=store, above_bytes=service.claim_above_bytes)
 
 
 def _cohort(service: Service) -> CohortRule | None:

@@ -9,6 +9,7 @@ from cloud_aggregator.counting import Counting
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.stages import StagePlan
 from device_profiles.methods import ModuleShape
+from messaging.claims import Claims
 from messaging.protocol import Codec
 from messaging.transfer import UploadLimits
 
@@ -33,6 +34,7 @@ class RunSettings:
         counting: Which updates count, and for how much.
         keep_states: Of each stage, the newest global states that stay; none keeps all.
         silence_seconds: In deployment, after how long without a word a device is taken for gone.
+        claims: Where large updates and states lie; without it they travel in chunks.
         farewell_seconds: In deployment, how long the end is said to devices that have not left: a
             broker that falls just then has forgotten it.
         waits_for_channel: Whether an emulated upload waits for good coherence blocks.
@@ -60,5 +62,6 @@ class RunSettings:
     counting: Counting = field(default_factory=Counting)
     keep_states: int | None = None
     silence_seconds: float | None = None
+    claims: Claims | None = None
     farewell_seconds: float = 0.0
     limits: UploadLimits = field(default_factory=UploadLimits)

@@ -20,7 +20,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cloud_aggregator.aggregation.asynchronous import MAX_STALENESS
-from cloud_aggregator.partials import ResumablePartial, held_pieces
+from cloud_aggregator.partials import ResumablePartial, adopt, held_pieces
 from cloud_aggregator.run_folder import write_atomically
 from device_profiles.errors import InputError
 from messaging.protocol import Offer
@@ -236,6 +236,15 @@ class StaleUpdates:
     def held_pieces(self, offer: Offer) -> set[int]:
         """Return which pieces of an offer an earlier process left."""
         return held_pieces(self._partial_path(offer), offer)
+
+    def adopt(self, whole: Path, offer: Offer) -> None:
+        """Make a file that came another way all pieces of an update for an earlier round.
+
+        Raises:
+            SpoolFullError: If the disk has no room for it.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        adopt(whole, self._partial_path(offer), offer)
 
     def _partial_path(self, offer: Offer) -> Path:
         return self._folder / f"{offer.client}.part"

@@ -11,6 +11,7 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, Protocol
 
 from device_profiles.seeds import stream
@@ -19,7 +20,14 @@ from edge_client.local_client import Result, Setup
 from edge_client.outbox import Outbox, task_key
 from edge_client.stage_work import GlobalStates
 from messaging import chunks, protocol, security, topics
-from messaging.chunks import chunk_count, make_chunk, parse_chunk, wire_bytes
+from messaging.chunks import (
+    chunk_count,
+    fitting_chunk_bytes,
+    make_chunk,
+    parse_chunk,
+    wire_bytes,
+)
+from messaging.claims import Claims
 from messaging.codecs import decode_blob, max_blob_bytes
 from messaging.errors import OtherVersionError, ProtocolError
 from messaging.layout import Layout, Vector
@@ -49,7 +57,7 @@ log = logging.getLogger(__name__)
 
 _DOWN_WINDOW = 8
 # the same device will be refused again
-FATAL_REJECTS = frozenset({"base", "layout", "privacy", "version"})
+FATAL_REJECTS = frozenset({"base", "layout", "private", "version"})
 
 Publish = Callable[[str, bytes, bool], None]
 
@@ -77,6 +85,10 @@ class Agent:
         outbox: Keeps the update that is owed on disk; without it, a device that is started again
             trains the round again.
         heartbeat_seconds: Between two ALIVE; none says nothing in between.
+        largest_packet: Returns the bytes of the largest packet that the broker takes, if it said.
+        claims: Where large updates are put and large global states lie; without it, both travel in
+            chunks.
+        start_fetch: Fetches a global state elsewhere; it comes back through ``fetched``.
         spread: Told over how many seconds devices return after a break.
 
     Attributes:
@@ -95,6 +107,9 @@ class Agent:
         outbox: Outbox | None = None,
         heartbeat_seconds: float | None = None,
         spread: Callable[[float], None] | None = None,
+        largest_packet: Callable[[], int | None] = lambda: None,
+        claims: Claims | None = None,
+        start_fetch: Callable[[StateRef], None] | None = None,
     ) -> None:
         self.local = local
         self.id = local.device.id
@@ -109,6 +124,11 @@ class Agent:
         self._start_work = start_work
         self._seal, self._ledger, self._outbox = seal, ledger, outbox
         self._heartbeat, self._spread = heartbeat_seconds, spread
+        self._largest_packet = largest_packet
+        self._claims = claims
+        self._start_fetch = start_fetch
+        self._fetching: StateRef | None = None
+        self._unfetchable: set[str] = set()  # states that their store did not give
         self._window = 0.0  # seconds over which devices return after a break
         self._greetings = 0
         self._greet_at: float | None = None
@@ -152,8 +172,14 @@ class Agent:
 
         A sealed HELLO is for an aggregator that is known: the first one waits for its manifest.
         """
+        chunk_bytes = 0 if self._upload is None else self._upload.offer.chunk_bytes
+        if self._fitting(chunk_bytes) < chunk_bytes:
+            self._upload = None  # this broker takes less than the last: it is offered anew
         if not self.finished and (self._seal is None or self._seen_aggregator):
             self._greet(now)
+
+    def _fitting(self, chunk_bytes: int) -> int:
+        return fitting_chunk_bytes(chunk_bytes, self._largest_packet())
 
     def _greet(self, now: float) -> None:
         """Say HELLO, at once the first time; later somewhere in the window that all share."""
@@ -291,6 +317,10 @@ class Agent:
             self._leave()
             return
         if self._task is not None and _same(self._task, task):
+            if self._task != task:  # its states come in other pieces now
+                self._task = task
+                if not self._working and self._result is None:
+                    self._begin(now)
             self._answer(now)  # what came of it was perhaps lost, here or at the aggregator
             return
         for ref, layout in self._needed(task):
@@ -302,8 +332,8 @@ class Agent:
             return
         if self._outbox is not None:
             self._result = self._outbox.of(task)
-        if self._result is not None:
-            self._answer(now)  # it was trained before the device was started again
+        if self._result is not None:  # it was trained before the device was started again
+            self._answer_from_disk(self._result, now)
         else:
             self._settle()
             self._begin(now)
@@ -313,6 +343,11 @@ class Agent:
         if task is None:
             return
         absent = next((ref for ref, _ in self._needed(task) if ref.blob not in self._held), None)
+        if absent is not None and self._lies_in_store(absent):
+            if self._fetching != absent and self._start_fetch is not None:
+                self._fetching, self._download = absent, None
+                self._start_fetch(absent)
+            return
         if absent is not None:
             if self._download is None or self._download.ref != absent:
                 self._download = Download(absent, now - SILENCE_SECONDS)
@@ -329,7 +364,41 @@ class Agent:
         result = self.local.perform(task, states, downloaded)
         if self._outbox is not None:
             self._outbox.put(task, result)
-        return result
+        return self._put_if_large(result)
+
+    def _put_if_large(self, result: Result) -> Result:
+        """Put a large update where the aggregator can fetch it; on the thread of the work."""
+        blob = result.blob
+        if self._claims is None or blob is None:
+            return result
+        url = self._claims.put_if_large(blob, hashlib.sha256(blob).hexdigest())
+        return replace(result, url=url)
+
+    def _answer_from_disk(self, result: Result, now: float) -> None:
+        """Answer with an update that was kept; a large one is first seen to lie in the store."""
+        claims, blob = self._claims, result.blob
+        if claims is None or blob is None or len(blob) <= claims.above_bytes:
+            self._answer(now)
+            return
+        self._result, self._working = None, True
+        self._start_work(lambda: self._put_if_large(result))
+
+    def _lies_in_store(self, ref: StateRef) -> bool:
+        can = self._claims is not None and self._start_fetch is not None
+        return can and ref.url is not None and ref.blob not in self._unfetchable
+
+    def fetched(self, ref: StateRef, blob: bytes | None, now: float) -> None:
+        """Take a global state from the store; without it, ask for its chunks."""
+        if self._fetching == ref:
+            self._fetching = None
+        if self.finished:
+            return
+        if blob is not None:
+            self._install(ref, blob, now, travelled=len(blob))
+            return
+        self._unfetchable.add(ref.blob)
+        if not self._working:
+            self._begin(now)
 
     def _needed(self, task: Task) -> list[tuple[StateRef, Layout]]:
         """Return the global states that a task names, and what is in each."""
@@ -382,9 +451,11 @@ class Agent:
         if download.missing:
             self._ask(now)
             return
-        self._install(download.ref, download.finish(), now)
+        ref = download.ref
+        travelled = wire_bytes(ref.bytes, ref.chunk_bytes)
+        self._install(ref, download.finish(), now, travelled=travelled)
 
-    def _install(self, ref: StateRef, blob: bytes, now: float) -> None:
+    def _install(self, ref: StateRef, blob: bytes, now: float, *, travelled: int) -> None:
         layout = self._layout_of(ref)
         if layout is None:
             return  # another task came in the meantime
@@ -403,7 +474,7 @@ class Agent:
         # What earlier stages left was counted in theirs: only a device that was started again
         # fetches it anew, and what a round costs does not depend on that.
         if self._task is not None and ref == self._task.state:
-            self._downloaded += wire_bytes(ref.bytes, ref.chunk_bytes)
+            self._downloaded += travelled
         self._download = None
         if not self._working:
             self._begin(now)
@@ -429,6 +500,7 @@ class Agent:
         if task is None or result is None or task.work == "stop":
             return
         if self._upload is not None:
+            self._upload.offered_again()
             self._send(self._upload.offer)
         elif result.blob is not None:
             self._offer(task, result, result.blob, now)
@@ -461,6 +533,7 @@ class Agent:
 
     def _offer(self, task: Task, result: Result, blob: bytes, now: float) -> None:
         setup = self.local.setup
+        chunk_bytes = self._fitting(setup.chunk_bytes)
         offer = Offer(
             run=self.run,
             client=self.id,
@@ -468,12 +541,13 @@ class Agent:
             round=task.round,
             blob=hashlib.sha256(blob).hexdigest(),
             bytes=len(blob),
-            chunk_bytes=setup.chunk_bytes,
-            chunks=chunk_count(len(blob), setup.chunk_bytes),
+            chunk_bytes=chunk_bytes,
+            chunks=chunk_count(len(blob), chunk_bytes),
             binding=self._binding,
             layout=setup.own_layout(task.stage, self.local.device.lora_count).sha256,
             codec=task.codec,
             costs=result.costs,
+            url=result.url,
         )
         self._upload = Upload(blob, offer, now)
         self._send(offer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import logging
 import queue
 import threading
@@ -26,9 +27,11 @@ from edge_client.local_client import Result
 from edge_client.outbox import Outbox
 from edge_client.progress import StoppedError
 from messaging import topics
-from messaging.protocol import Task
+from messaging.claims import Claims
+from messaging.errors import ProtocolError
+from messaging.protocol import StateRef, Task
 from messaging.security import DeviceSeal
-from messaging.transport import Network, Transport, Will
+from messaging.transport import Network, Transport, Will, largest_packet
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +86,8 @@ class Host:
         heartbeat_seconds: Between two signs of life of a client; none gives none.
         isolates: Whether a client whose input is bad leaves alone, with its sentence, and the
             others go on; otherwise, and where it is the only one, the host ends with the error.
+        claims: Where large updates are put and large global states lie; without it, both travel in
+            chunks.
         interrupt: Called when the host is to leave, so that work that is under way stops soon.
         alive_file: Touched every ten seconds while the host goes round.
     """
@@ -100,8 +105,10 @@ class Host:
         heartbeat_seconds: float | None = None,
         isolates: bool = False,
         interrupt: Callable[[], None] = lambda: None,
+        claims: Claims | None = None,
         alive_file: Path | None = None,
     ) -> None:
+        self._claims = claims
         self._alive_file, self._alive_at = alive_file, -_ALIVE_SECONDS
         self._clock = clock
         self._seals, self._ledgers, self._outboxes = seals or {}, ledgers or {}, outboxes or {}
@@ -109,6 +116,7 @@ class Host:
         # A simple queue: a signal handler may put while this thread gets.
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._work = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pwff-work")
+        self._fetch = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pwff-fetch")
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._seats = [self._seat(network, performer, binding) for performer in performers]
@@ -136,6 +144,9 @@ class Host:
             outbox=self._outboxes.get(client),
             heartbeat_seconds=self._heartbeat,
             spread=spread,
+            largest_packet=lambda: largest_packet(seats[0].transport),
+            claims=self._claims,
+            start_fetch=lambda ref: self._start_fetch(agent, ref),
         )
         transport = network.open(
             client_id=f"pwff-{agent.run}-{agent.id}",
@@ -178,6 +189,26 @@ class Host:
             self._inbox.put((self._worked, (agent, task, result)))
 
         self._work.submit(work)
+
+    def _start_fetch(self, agent: Agent, ref: StateRef) -> None:
+        claims = self._claims
+        if claims is None or ref.url is None:
+            raise ValueError(f"'{agent.id}' has no store to fetch from")
+        url = ref.url
+
+        def fetch() -> None:
+            sink, blob = io.BytesIO(), None
+            try:
+                claims.store.fetch(url, sha256=ref.blob, size=ref.bytes, sink=sink)
+                blob = sink.getvalue()
+            except ProtocolError as err:
+                log.warning("%s: %s; asking for its chunks", agent.id, err.reason)
+            self._inbox.put((self._fetched, (agent, ref, blob)))
+
+        self._fetch.submit(fetch)
+
+    def _fetched(self, agent: Agent, ref: StateRef, blob: bytes | None) -> None:
+        agent.fetched(ref, blob, self._clock())
 
     def _worked(self, agent: Agent, task: Task, result: Result) -> None:
         with logs.bound(**_place(agent)):
@@ -243,6 +274,7 @@ class Host:
 
     def _leave(self) -> None:
         self._interrupt()
+        self._fetch.shutdown(wait=False, cancel_futures=True)
         self._work.shutdown(wait=True, cancel_futures=True)
         for seat in self._seats:
             _say_goodbye(seat)

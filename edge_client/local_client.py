@@ -41,7 +41,10 @@ from quantization.identity import BaseIdentity
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What came of a task: figures, and an update where the method shares something."""
+    """What came of a task: figures, and an update where the method shares something.
+
+    ``url`` is where the update lies, if it is large and was put into a store.
+    """
 
     costs: Costs
     examples: int
@@ -51,6 +54,7 @@ class Result:
     eval_accuracy: float | None = None
     pairs: dict[Objective, PairFigures] = field(default_factory=dict)
     responses: ResponseFigures | None = None
+    url: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,8 @@ from edge_client.progress import Interruption, Progress
 from edge_client.reward.reference import scoring
 from edge_client.works import build_works, load_judging
 from messaging.access import BrokerAccess
-from messaging.chunks import CHUNK_BYTES
+from messaging.chunks import CHUNK_BYTES, ChunkBytes
+from messaging.claims import CLAIM_ABOVE_BYTES, Claims, ClaimStore
 from messaging.key_files import DeviceKeys, device_keys
 from messaging.mqtt import MqttNetwork
 from messaging.protocol import DeviceRecord, Identifier
@@ -80,10 +81,15 @@ class Client(Config):
         private: Whether nothing leaves the device but updates and what they cost: no loss, count or
             figure. A run with ``[privacy]`` takes private devices alone.
         helpfulness: The user's preference; harmlessness has the rest.
+        chunk_bytes: Of a piece on its way up with its header, or ``standard`` (122,880) or
+            ``small`` (61,440); smaller by itself where the broker takes less.
         threads: Processor threads.
         checkpoint_steps: Training steps after which it is written down where the training stands:
             so many at most are lost when the device is killed.
         heartbeat_seconds: Between two signs of life; the aggregator's own limit is some of these.
+        claim_store: The run's, where updates and global states above ``claim_above_bytes`` lie:
+            ``file:///FOLDER``, ``s3://BUCKET/PREFIX`` or ``https://HOST/PATH``. Without it,
+            everything travels in chunks.
         alive_file: Touched every ten seconds while this program goes round, for whoever watches
             over it (a container's health check looks at its age); by default none.
     """
@@ -111,10 +117,12 @@ class Client(Config):
     private: bool = False
     helpfulness: Annotated[float, Field(ge=0, le=1)] = 0.5
     channel: Literal["paper", "profile"] = "profile"
-    chunk_bytes: Annotated[int, Field(ge=1024, le=262_144)] = CHUNK_BYTES
+    chunk_bytes: ChunkBytes = CHUNK_BYTES
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     checkpoint_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     heartbeat_seconds: Annotated[float, Field(ge=1, le=3600)] = 30.0
+    claim_store: str | None = None
+    claim_above_bytes: Annotated[int, Field(ge=0, le=2**33)] = CLAIM_ABOVE_BYTES
     alive_file: Path | None = None
     security: SecuritySection = SecuritySection()
 
@@ -146,6 +154,9 @@ def take_part(client: Client, on_start: Callable[[Host], None]) -> list[str]:
         HubUnavailableError: If base or data are on a hub that does not answer.
     """
     set_threads(client.threads)
+    claims = None
+    if client.claim_store is not None:
+        claims = Claims(store=ClaimStore(client.claim_store), above_bytes=client.claim_above_bytes)
     keys = device_keys(client.security.key, client.run, client.client)
     network = MqttNetwork(client.broker, client.security)
     identity = identify(client.model)
@@ -164,6 +175,7 @@ def take_part(client: Client, on_start: Callable[[Host], None]) -> list[str]:
         heartbeat_seconds=client.heartbeat_seconds,
         isolates=True,
         interrupt=interruption.stop,
+        claims=claims,
         alive_file=client.alive_file,
     )
     on_start(host)

@@ -47,7 +47,7 @@ class BrokerUnavailableError(Exception):
 
 
 class AddressError(ValueError):
-    """A broker address that a person must correct."""
+    """An address of a broker or a store that a person must correct."""
 
     exit_code = 2
 

@@ -187,6 +187,7 @@ class _MqttTransport:
     Attributes:
         answered: Set once the broker has accepted or refused.
         refusal: Why it last refused, or an empty string.
+        largest_packet: Bytes of the largest packet that the broker takes, where it has said so.
         trouble: What was last wrong with certificates or password, or an empty string.
     """
 
@@ -214,7 +215,7 @@ class _MqttTransport:
         self._closing = False
         self._accepted = False
         self._network_thread: int | None = None
-        self._largest_packet: int | None = None
+        self.largest_packet: int | None = None
         client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5)
         client.max_inflight_messages_set(_INFLIGHT_MESSAGES)
         client.max_queued_messages_set(2 * _QUEUED_MESSAGES)  # room for what callbacks publish
@@ -247,12 +248,12 @@ class _MqttTransport:
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         size = len(payload) + len(topic.encode()) + _PACKET_OVERHEAD
-        if self._largest_packet is not None and size > self._largest_packet:
+        if self.largest_packet is not None and size > self.largest_packet:
             # The broker would hang up, and again each time the message is sent anew.
             log.error(
                 "%s takes packets of at most %d bytes, message of %d dropped; use smaller chunks",
                 self._address,
-                self._largest_packet,
+                self.largest_packet,
                 size,
             )
             return
@@ -305,8 +306,8 @@ class _MqttTransport:
         if reason.is_failure:
             log.error("broker %s refused the connection: %s", self._address, reason)
             return
+        self.largest_packet = getattr(properties, "MaximumPacketSize", None)
         self._accepted, self.trouble = True, ""
-        self._largest_packet = getattr(properties, "MaximumPacketSize", None)
         log.info("connected to %s", self._address)
         if self._filters:
             options = SubscribeOptions(qos=1)

@@ -36,6 +36,12 @@ class Transport(Protocol):
         """Send what is queued and leave in good order: no will is published."""
 
 
+def largest_packet(transport: Transport) -> int | None:
+    """Return the bytes of the largest packet that a network takes, where it has said so."""
+    most: int | None = getattr(transport, "largest_packet", None)
+    return most
+
+
 @runtime_checkable
 class Watched(Protocol):
     """A connection that can say whether it stands."""

@@ -489,9 +489,9 @@ class Stage:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def host(self, *teachers: Teacher, binding: str = BINDING) -> Host:
+    def host(self, *teachers: Teacher, binding: str = BINDING, **changes: Any) -> Host:
         """Start a host of these clients on a thread."""
-        host = Host(self.network, teachers, binding=binding)
+        host = Host(self.network, teachers, binding=binding, **changes)
         thread = threading.Thread(target=self._guarded, args=(host.run,), daemon=True)
         self._hosts.append((host, thread))
         thread.start()

@@ -2,13 +2,16 @@
 
 A kill is an exception that nothing catches, at one of the places where something has just been put
 down or is about to be. What an undisturbed run passes of them is counted first; then each of them
-is a test. Devices stay, and go on talking to the next process, as they would.
+is a test. Devices talk to the next process from what is on their disks: what they owe until DONE,
+and nothing of it afterwards. To train again gives them other figures, so an acknowledged update
+that is asked for again shows in the bits.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,10 @@ from cloud_aggregator.shelf import Shelf
 from cloud_aggregator.spool import Spool
 from cloud_aggregator.stale import StaleUpdates
 from cloud_aggregator.store import RoundLedger, Store
+from edge_client.local_client import Result
+from edge_client.outbox import Outbox
+from edge_client.stage_work import GlobalStates
+from messaging.protocol import Task
 from tests.cloud_aggregator.conftest import (
     Stage,
     Teacher,
@@ -99,13 +106,34 @@ def emulated() -> RunSettings:
     return settings_of(rules=rules, rounds=3, counting=Counting(max_staleness=2))
 
 
+class Fickle(Teacher):
+    """A client that learns something else each time it trains for a round."""
+
+    def __init__(self, client: str, value: float, **changes: Any) -> None:
+        self._times: Counter[int] = Counter()
+        super().__init__(client, lambda round_: value * round_ + self._times[round_], **changes)
+
+    def perform(self, task: Task, states: GlobalStates, download_bytes: int) -> Result:
+        """Do a task at once."""
+        self._times[task.round] += task.work == "train"
+        return super().perform(task, states, download_bytes)
+
+
 def three() -> list[Teacher]:
-    """Return clients whose updates differ, and differ by round; each is slower than the last."""
+    """Return clients whose updates differ; each is slower than the last."""
     return [
-        Teacher("a", lambda round_: 0.1 * round_, examples=1, seconds=1.0),
-        Teacher("b", lambda round_: 0.7 / round_, examples=2, seconds=2.0),
-        Teacher("c", lambda round_: 0.3 + round_, examples=5, seconds=3.0),
+        Fickle("a", 0.1, examples=1, seconds=1.0, worst=30.0),
+        Fickle("b", 0.7, examples=2, seconds=2.0, worst=30.0),
+        Fickle("c", 1.3, examples=5, seconds=3.0, worst=30.0),
     ]
+
+
+def host(stage: Stage, clients: list[Teacher]) -> None:
+    """Start devices, or start them again from what is on their disks."""
+    stage.leave()
+    names = [client.device.id for client in clients]
+    outboxes = {name: Outbox(stage.path.with_name("devices") / name) for name in names}
+    stage.host(*clients, outboxes=outboxes)
 
 
 def states(folder: Path) -> dict[str, str]:
@@ -172,9 +200,12 @@ MOMENTS = [
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return the states of a run that nothing disturbed, which passes every moment of the list."""
-    with pytest.MonkeyPatch.context() as patch, Stage(tmp_path_factory.mktemp("calm")) as stage:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Stage(tmp_path_factory.mktemp("calm") / "run") as stage,
+    ):
         moments = Moments(patch)
-        stage.host(*three())
+        host(stage, three())
         assert run(stage, deployed()) is None
         assert set(MOMENTS) <= set(moments.passed)
         return states(stage.path)
@@ -185,8 +216,10 @@ def test_killed_at_any_moment_it_loses_no_update_and_counts_none_twice(
     moment: str, stage: Stage, moments: Moments, undisturbed: dict[str, str]
 ) -> None:
     moments.fatal = moment
-    stage.host(*three())
+    clients = three()
+    host(stage, clients)
     assert isinstance(run(stage, deployed()), Killed)
+    host(stage, clients)
     assert run(stage, deployed(), kept(stage.path)) is None
     assert states(stage.path) == undisturbed
     assert [r.accepted for r in kept(stage.path).rounds] == [["a", "b", "c"]] * 2
@@ -207,9 +240,12 @@ LATE = [
 @pytest.fixture(scope="module")
 def undisturbed_late(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], object]:
     """Return what a run leaves that folds late updates in, and passes every moment of the list."""
-    with pytest.MonkeyPatch.context() as patch, Stage(tmp_path_factory.mktemp("late")) as stage:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Stage(tmp_path_factory.mktemp("late") / "run") as stage,
+    ):
         moments = Moments(patch)
-        stage.host(*three())
+        host(stage, three())
         assert run(stage, emulated()) is None
         assert set(LATE) <= set(moments.passed)
         return states(stage.path), folded(stage.path)
@@ -228,8 +264,10 @@ def test_killed_at_any_moment_a_late_update_counts_once_and_where_it_would_have(
     undisturbed_late: tuple[dict[str, str], list[list[tuple[str, int, int]]]],
 ) -> None:
     moments.fatal = moment
-    stage.host(*three())
+    clients = three()
+    host(stage, clients)
     assert isinstance(run(stage, emulated()), Killed)
+    host(stage, clients)
     assert run(stage, emulated(), kept(stage.path)) is None
     assert (states(stage.path), folded(stage.path)) == undisturbed_late
     assert folded(stage.path) == [[], [("c", 1, 1)], [("c", 2, 1)]]

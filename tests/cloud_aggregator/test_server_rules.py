@@ -110,6 +110,17 @@ def test_a_round_with_fewer_updates_than_krum_takes_changes_nothing_and_says_so(
     assert not moved(stage.path, 2).any()
 
 
+def test_an_update_larger_than_an_honest_one_is_refused_whatever_the_rule(stage: Stage) -> None:
+    # c's 456 entries of 6 have a norm of 128.1
+    stage.host(*three())
+    record = stage.aggregator(with_rule(Counting(max_norm=128.0), rounds=1)).run()
+    (done,) = record.rounds
+    assert done.accepted == ["a", "b"]
+    assert done.clients[2].status == "rejected"
+    assert done.clients[2].reason == "norm: the update has a norm of 128.1; at most 128 count"
+    assert done.observed.refused == {"norm": 1}
+
+
 # -- late updates ---------------------------------------------------------------------------------
 
 
@@ -259,7 +270,7 @@ def test_a_device_that_says_what_it_holds_is_refused_by_a_private_run(stage: Sta
     stage.host(*discreet())
     record = stage.aggregator(private(clients=2, rounds=1)).run()
     answer = teller.expect(Reject)
-    assert answer.code == "privacy"
+    assert answer.code == "private"
     assert "set private = true" in answer.reason
     assert [c.id for c in record.clients] == ["a", "b"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from device_profiles.errors import InputError
 from device_profiles.modules import initial_adapters
 from messaging import topics
 from messaging.errors import ProtocolError
-from messaging.protocol import Alive, Hello, encode
+from messaging.protocol import Alive, Hello, Manifest, decode
 from tests.cloud_aggregator.conftest import (
     BASE,
     BINDING,
@@ -164,7 +165,7 @@ def test_a_device_without_a_word_for_too_long_is_replaced(stage: Stage) -> None:
         for name in (first, spare):
             run.puppets[name].say(Alive(run=RUN, client=name, session=SESSION))
         run.passes(1.0)
-    assert [silent["client"] for silent in run.events.all("silent")] == [gone]
+    assert [gone_["client"] for gone_ in run.events.all("gone")] == [gone]
     run.events.wait_for("replaced", client=gone, by=spare)
     for name in (first, spare):
         run.puppets[name].expect_task("train", 1)
@@ -321,4 +322,21 @@ def test_a_device_is_put_down_again_only_when_something_of_it_is_new() -> None:
     assert there.take_changed() == {"a": (2, device("a")), "b": (0, device("b"))}
     assert there.take_changed() == {}
     assert there.online == ["a", "b"]
-    assert encode(hello()) != b""
+
+
+def test_an_aggregator_that_knows_many_devices_spreads_their_return(stage: Stage) -> None:
+    """Six hundred devices at fifty a second: 12 s, which stand in the first manifest."""
+    with Store(stage.path, RUN) as store:
+        store.keep_devices({f"d{i}": (1, device(f"d{i}")) for i in range(600)})
+    heard: queue.Queue[bytes] = queue.Queue()
+    stage.network.open(
+        client_id="d1",
+        filters=[topics.manifest(RUN)],
+        deliver=lambda _topic, payload: heard.put(payload),
+        connected=lambda: None,
+    ).start()
+    server = stage.aggregator(settings_of(virtual_time=False), events=Events())
+    stage.start(server)
+    manifest = decode(heard.get(timeout=LIMIT))
+    assert isinstance(manifest, Manifest)
+    assert (manifest.reconnect_seconds, manifest.epoch) == (12.0, 2)

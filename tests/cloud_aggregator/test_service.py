@@ -16,7 +16,7 @@ from cloud_aggregator.database import StoreError
 from cloud_aggregator.records import DataRecord, ModelRecord, PricedRecord
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder
-from cloud_aggregator.service import Service, load_service, model_record, serve
+from cloud_aggregator.service import Service, _claims, load_service, model_record, serve
 from cloud_aggregator.store import Store
 from device_profiles.errors import InputError
 from device_profiles.modules import BaseShape
@@ -60,6 +60,22 @@ def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
     assert service.minimum_clients == 1
 
 
+def test_a_store_for_large_updates_and_a_chunk_profile_are_read(tmp_path: Path) -> None:
+    text = f'{CONFIG}chunk_bytes = "small"\nclaim_store = "file://{tmp_path}"\n'
+    service = load_service(write(tmp_path, text))
+    claims = _claims(service)
+    assert service.chunk_bytes == 61_440
+    assert claims is not None
+    assert (claims.store.base, claims.above_bytes) == (f"file://{tmp_path}", 8_388_608)
+    assert _claims(load_service(write(tmp_path))) is None
+
+
+def test_a_store_of_no_known_kind_ends_the_service_before_it_begins(tmp_path: Path) -> None:
+    service = load_service(write(tmp_path, f'{CONFIG}claim_store = "ftp://host/x"\n'))
+    with pytest.raises(AddressError, match="claim_store 'ftp://host/x' is of no known kind"):
+        _claims(service)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
@@ -81,6 +97,8 @@ def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
         ("3600", '3600\nplacement = "all"', "unknown LoRA placement 'all'"),
         ("3600", "3600\nlearning_rate = 0", "learning_rate = 0"),
         ("3600", "3600\nchunk_bytes = 1000", "chunk_bytes = 1000"),
+        ("3600", '3600\nchunk_bytes = "tiny"', "unknown chunk profile 'tiny'; choose one of"),
+        ("3600", "3600\nclaim_above_bytes = -1", "claim_above_bytes = -1"),
         (
             "3600",
             '3600\nstages = "instruction,reward,alignment"\n'
@@ -258,7 +276,7 @@ def test_the_aggregator_runs_without_torch(checkpoint: Path) -> None:
 
         sys.meta_path.insert(0, Blocked())
         import cloud_aggregator.cli
-        from cloud_aggregator.service import Service, serve
+        from cloud_aggregator.service import Service, _claims, serve
 
         service = Service(
             run="trial", broker="mqtt://127.0.0.1:9", out={str(checkpoint.parent / "run")!r},

@@ -144,6 +144,13 @@ def stop_on_signals(aggregator: Aggregator) -> None:
     "--patience", type=int, metavar="N", help="Rounds without it until the end (0: never)."
 )
 @click.option("--held-out-share", type=float, metavar="X", help="Of each client's rows (0.2).")
+@click.option("--others-sample", type=int, metavar="N", help="Of others' rows, measured too (0).")
+@click.option("--proximal", type=float, metavar="X", help="Ditto's pull on a personal copy (0).")
+@click.option("--lora-dropout", type=float, metavar="X", help="Of what LoRA is given (0).")
+@click.option("--weight-decay", type=float, metavar="X", help="Of AdamW (0).")
+@click.option("--stopping-patience", type=int, metavar="N", help="Looks until a round ends (0).")
+@click.option("--validation-share", type=float, metavar="X", help="Set apart for them (0.2).")
+@click.option("--validation-every", type=int, metavar="N", help="Steps between two looks (4).")
 @click.option("--threads", type=int, metavar="N", help="A client computes with; the bits' (1).")
 @click.option(
     "--chunk-bytes", type=int, metavar="N", help="Of a message, header included (122880)."
@@ -250,7 +257,10 @@ def aggregator(path: Path, verbose: bool, log_level: str | None, log_format: log
 @click.option("--out", type=click.Path(path_type=Path), help="Where the page is written.")
 def report(runs: tuple[Path, ...], out: Path | None) -> int:
     """Write report.html of one run's folder, or a comparison of several."""
-    from cloud_aggregator.reports.build import write_report
+    from cloud_aggregator.reports.build import fairness_of, write_report
 
-    click.echo(f"Report: {write_report(list(runs), out)}")
+    page = write_report(list(runs), out)
+    for line in fairness_of(runs):
+        click.echo(line)
+    click.echo(f"Report: {page}")
     return 0

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from cloud_aggregator.counting_words import counting_lines
+from cloud_aggregator.fairness import fairness_lines
 from cloud_aggregator.progress import human_bytes, nats, percent, stage_words
 from cloud_aggregator.records import ClientRound, RunRecord
 from cloud_aggregator.stages import TAKEN_BACK
@@ -124,7 +125,8 @@ def _instruction_lines(record: RunRecord) -> list[str]:
         f"{percent(s.eval_accuracy_before)} to "
         f"{percent(s.eval_accuracy_after)} (loss {nats(s.eval_loss_before)} to "
         f"{nats(s.eval_loss_after)}); it rose for {s.clients_improved} of {len(record.clients)} "
-        f"clients; the worst client has {percent(s.worst_client_accuracy)}."
+        f"clients; the worst client has {percent(s.worst_client_accuracy)}.",
+        *(fairness_lines(s) if s.others_accuracy_after is not None else []),
     ]
 
 

@@ -15,7 +15,8 @@ from cloud_aggregator.aggregation import aggregate, fewest_updates
 from cloud_aggregator.aggregation.asynchronous import with_stale
 from cloud_aggregator.counting import Counting
 from cloud_aggregator.intake import Intake
-from cloud_aggregator.privacy import private_mean
+from cloud_aggregator.privacy import emulated_noise, noise_generator, private_mean
+from cloud_aggregator.settings import RunSettings
 from messaging.layout import Layout, Vector
 
 log = logging.getLogger(__name__)
@@ -72,3 +73,16 @@ def combine(
     return Combined(
         state=aggregate(counting.rule, vector, updates, layout, counting.robust, average=average)
     )
+
+
+def round_noise(settings: RunSettings, number: int, key: int | None) -> np.random.Generator | None:
+    """Return the generator of a round's noise; none where the run is not private.
+
+    Args:
+        settings: Of the run.
+        number: Of the round.
+        key: That its close drew; none in emulation, where the noise follows from the seed.
+    """
+    if settings.counting.privacy is None:
+        return None
+    return emulated_noise(settings.seed, number) if key is None else noise_generator(key)

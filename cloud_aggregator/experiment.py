@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from cloud_aggregator.counting import CountingKeys, check_counting
 from cloud_aggregator.methods import METHODS, find_method
+from cloud_aggregator.restraint import RestraintSettings, check_restraint
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.stages import check_room
 from device_profiles.config_files import check, choose, read_toml
@@ -101,6 +102,9 @@ class Experiment(CountingKeys):
         partition: How examples are divided among clients; ``alpha`` is Dirichlet's.
         skew: Exponent of the power law of the clients' sizes; 0 for equal sizes.
         held_out_share: Of each client's examples, where the data does not say itself.
+        others_sample: Held-out examples of other clients that each client is measured on too, the
+            same in every round; 0 for none.
+        proximal: And the five after it: see ``cloud_aggregator.restraint.RestraintSettings``.
         lora_count: The same for every client, instead of its profile's.
         lora_rank: Instead of 96 at width 768 in proportion.
         channel: ``paper`` gives every client the paper's link, ``profile`` its own radio.
@@ -155,6 +159,13 @@ class Experiment(CountingKeys):
     alpha: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 0.5
     skew: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    others_sample: Annotated[int, Field(ge=0, le=_MOST)] = 0
+    proximal: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+    stopping_patience: Annotated[int, Field(ge=0, le=_MOST)] = 0
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    validation_every: Positive = 4
     max_length: Annotated[int, Field(ge=8, le=8192)] = 256
     placement: str = "qkv"
     adapter_count: Positive | None = None
@@ -265,6 +276,12 @@ class Experiment(CountingKeys):
         )
 
     @property
+    def restraint(self) -> RestraintSettings:
+        """What holds devices back in instruction tuning."""
+        names = RestraintSettings.model_fields
+        return RestraintSettings(**{name: getattr(self, name) for name in names})
+
+    @property
     def run_name(self) -> str:
         """The run's name in topics and update headers: the same for the same outcome."""
         said = {k: v for k, v in stored(self).items() if k not in HOW}
@@ -297,6 +314,12 @@ def check_experiment(experiment: Experiment, source: str) -> None:
         _ = experiment.rounds_of(stage), experiment.steps_of(stage)
     if "alignment" in experiment.stage_names:
         check_room(experiment.alignment, experiment.max_length, source)
+    check_restraint(experiment.restraint, experiment.method, experiment.stage_names, source)
+    if experiment.others_sample and experiment.clients == 1:
+        raise InputError(
+            f"others_sample = {experiment.others_sample} of one client, which has no others; give "
+            "more clients, or leave it out"
+        )
     if experiment.cohort is not None and experiment.cohort > experiment.clients:
         raise InputError(
             f"cohort = {experiment.cohort} of clients = {experiment.clients}; choose at most as "

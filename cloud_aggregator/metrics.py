@@ -23,7 +23,15 @@ from prometheus_client import (
 )
 
 from messaging.chunks import MAGIC
-from messaging.transport import Connected, Deliver, Network, Transport, Will, is_connected
+from messaging.transport import (
+    Connected,
+    Deliver,
+    Network,
+    Transport,
+    Will,
+    is_connected,
+    largest_packet,
+)
 
 #: Codes of refusals; what is refused with any other word is counted as ``other``.
 CODES = frozenset(
@@ -263,6 +271,10 @@ class _CountedTransport:
         self._metrics = metrics
         self.start = inner.start
         self.close = inner.close
+
+    @property
+    def largest_packet(self) -> int | None:
+        return largest_packet(self._inner)
 
     def is_connected(self) -> bool:
         return is_connected(self._inner)

@@ -168,6 +168,10 @@ class ProgressView:
             f"starting {record.workers} worker(s)"
         )
 
+    def _on_airtime(self, lines: list[str]) -> None:
+        for line in lines:
+            self._say(line)
+
     def _on_hello(self, client: str, online: bool, profile: str, lora_count: int) -> None:
         row = self._row(client)
         row.doing = "ready" if online else "left"

@@ -64,7 +64,8 @@ class ClientRound(_Part):
 
     Energy stands apart by what took it: radiated (``uplink_joules``), the radio's circuits,
     reception, training, and waiting for the round to end. ``battery_left`` is the share of a
-    battery that is left after this round and all before it.
+    battery that is left after this round and all before it. ``others_*`` are of held-out examples
+    of other clients; ``kept_steps`` are the training steps that early stopping kept.
     """
 
     id: str
@@ -72,6 +73,9 @@ class ClientRound(_Part):
     train_loss: float | None = None
     eval_loss: float | None = None
     eval_accuracy: float | None = None
+    others_loss: float | None = None
+    others_accuracy: float | None = None
+    kept_steps: int | None = None
     upload_bytes: int = 0
     upload_parameters: int = 0
     download_bytes: int = 0
@@ -109,6 +113,8 @@ class GlobalRound(_Part):
 
     eval_loss: float | None = None
     eval_accuracy: float | None = None
+    others_loss: float | None = None
+    others_accuracy: float | None = None
     reward_loss: float | None = None
     reward_accuracy: float | None = None
     reward_helpfulness: float | None = None
@@ -178,6 +184,8 @@ class ClientBefore(_Part):
     stage: Stage = "instruction"
     eval_loss: float | None
     eval_accuracy: float | None
+    others_loss: float | None = None
+    others_accuracy: float | None = None
     reward_helpfulness: float | None = None
     reward_harmlessness: float | None = None
     reward_accuracy: float | None = None
@@ -186,6 +194,9 @@ class ClientBefore(_Part):
 class Summary(_Part):
     """The run in a few figures. ``*_before`` is measured before the first round of its stage.
 
+    ``worst_decile_accuracy`` is the mean of the lowest tenth of the clients, and
+    ``accuracy_fairness`` is Jain's index of all of them. ``others_*`` are of the same personal
+    models on held-out examples of other clients: the gap to ``eval_*`` is what is personal.
     ``clients_rewarded`` counts the clients whose weighted reward ends above where it began;
     ``longer_wins`` is the pair accuracy of the rule that the longer response is the better one.
     """
@@ -195,6 +206,12 @@ class Summary(_Part):
     eval_accuracy_before: float | None = None
     eval_accuracy_after: float | None = None
     worst_client_accuracy: float | None = None
+    worst_decile_accuracy: float | None = None
+    accuracy_fairness: float | None = None
+    others_loss_before: float | None = None
+    others_loss_after: float | None = None
+    others_accuracy_before: float | None = None
+    others_accuracy_after: float | None = None
     clients_improved: int | None = None
     mean_uplink_seconds: float = 0.0
     mean_uplink_joules: float = 0.0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cloud_aggregator.aggregation.asynchronous import staleness_weight
 from cloud_aggregator.intake import Intake
+from cloud_aggregator.privacy import PrivacyRecord
 from cloud_aggregator.records import ClientRound, Observed, RoundRecord, StaleEntry
 from cloud_aggregator.summary import global_figures, weighted_mean
 from device_profiles.battery import Battery
@@ -70,6 +72,30 @@ def round_record(
     )
 
 
+def round_event(record: RoundRecord, spent: PrivacyRecord | None) -> dict[str, Any]:
+    """Return what is told of a finished round.
+
+    Args:
+        record: Of it.
+        spent: What the run has spent of its clients' privacy.
+    """
+    return {
+        "stage": record.stage,
+        "round": record.round,
+        "accepted": len(record.accepted),
+        "clients": len(record.clients),
+        "taken_back": record.taken_back,
+        "stale": len(record.stale),
+        "unchanged": record.unchanged,
+        "epsilon": spent.epsilon if spent else None,
+        **record.global_.model_dump(),
+        "upload_bytes": sum(c.upload_bytes for c in record.clients),
+        "virtual_seconds": record.virtual_seconds,
+        "wall_seconds": record.observed.wall_seconds,
+        "retransmitted_bytes": record.observed.retransmitted_bytes,
+    }
+
+
 def _client_round(
     device: DeviceRecord,
     intake: Intake,
@@ -91,6 +117,9 @@ def _client_round(
         train_loss=gave.train_loss if gave else None,
         eval_loss=report.eval_loss if report else None,
         eval_accuracy=report.eval_accuracy if report else None,
+        others_loss=report.others_loss if report else None,
+        others_accuracy=report.others_accuracy if report else None,
+        kept_steps=report.kept_steps if report else None,
         upload_bytes=wire_bytes(offer.bytes, offer.chunk_bytes) if offer else 0,
         upload_parameters=gave.parameters if gave else 0,
         download_bytes=down.download_bytes,

@@ -12,9 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-import numpy as np
-
-from cloud_aggregator.combining import Combined, combine
+from cloud_aggregator.combining import Combined, combine, round_noise
 from cloud_aggregator.course import Course
 from cloud_aggregator.desk import Desk
 from cloud_aggregator.door import Door, DoorLimits
@@ -25,16 +23,15 @@ from cloud_aggregator.intake import Intake
 from cloud_aggregator.journal import Journal
 from cloud_aggregator.metrics import Metrics
 from cloud_aggregator.phases import Phases
-from cloud_aggregator.privacy import emulated_noise, noise_generator, privacy_record
-from cloud_aggregator.records import Observed, RoundRecord, RunRecord
+from cloud_aggregator.records import Observed, RunRecord
 from cloud_aggregator.registry import Registry
-from cloud_aggregator.round_record import round_record
+from cloud_aggregator.round_record import round_event, round_record
 from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.settings import RunSettings
+from cloud_aggregator.spending import account
 from cloud_aggregator.stages import StagePlan
 from cloud_aggregator.store import Store
-from cloud_aggregator.summary import client_before, global_figures, summarise
-from device_profiles.errors import InputError
+from cloud_aggregator.summary import client_before, global_figures, list_clients, summarise
 from messaging import topics
 from messaging.key_files import RunKeys
 from messaging.layout import Vector
@@ -181,7 +178,7 @@ class Aggregator:
                 another has followed.
         """
         self._course.check_order()
-        self._account()
+        account(self.record, self.settings)
         self._transport.start()
         try:
             self._journal.begin(len(self.record.rounds))
@@ -189,7 +186,7 @@ class Aggregator:
             self._enter(self.settings.stages[0])
             if self.settings.virtual_time or not self._course.is_over:
                 self._phases.gather()
-                self._list_clients()
+                list_clients(self.record, self._registry.devices)
             reason = ""
             for plan in self.settings.stages:
                 if plan is not self._course.plan:
@@ -228,26 +225,6 @@ class Aggregator:
         self.record.stop_reason = reason
         self._write_record()
 
-    def _account(self) -> None:
-        """Say in the record what the rounds so far have spent of each client's privacy.
-
-        Raises:
-            InputError: If its earlier rounds were made under other settings of privacy.
-        """
-        settings = self.settings.counting.privacy
-        if settings is not None:
-            self.record.privacy = privacy_record(
-                settings,
-                len(self.record.rounds),
-                repeatable_noise=self.settings.virtual_time,
-                earlier=self.record.privacy,
-            )
-        elif self.record.privacy is not None and self.record.privacy.rounds:
-            raise InputError(
-                f"the run's {self.record.privacy.rounds} rounds were made with [privacy], and it "
-                "is asked to go on without; give the section as it was, or start a new run"
-            )
-
     def _write_record(self) -> None:
         self.record.summary = summarise(self.record)
         self._folder.write_record(self.record)
@@ -272,15 +249,6 @@ class Aggregator:
     def _enter(self, plan: StagePlan) -> None:
         self._course.enter(plan)
         self._desk.publish_manifest()
-
-    def _list_clients(self) -> None:
-        """Take newly seen devices into the record."""
-        known = {c.id: c for c in self.record.clients} | self._registry.devices
-        self.record.clients = [known[i] for i in sorted(known)]
-        data = self.record.data
-        if data.sha256 is None:  # in deployment the data is the clients' own
-            data.examples = sum(c.examples for c in self.record.clients)
-            data.held_out_examples = sum(c.held_out_examples for c in self.record.clients)
 
     def _do_stage(self) -> str:
         """Do what is left of a stage; return why it is over."""
@@ -312,7 +280,7 @@ class Aggregator:
             # Devices now lose what they learned: broken off from here, the round is done again.
             self._journal.reopen(intake)
             reports = self._take_back(number, vector)
-        self._list_clients()
+        list_clients(self.record, self._registry.devices)
         self._tell_refusals()
         record = round_record(
             self.record.clients,
@@ -333,11 +301,11 @@ class Aggregator:
             record.taken_back, record.dropped = why, figures
         self._desk.refused.clear()
         self.record.rounds.append(record)
-        self._account()
+        account(self.record, self.settings)
         self._write_record()
         self._journal.finish(intake)
         self._course.prune()
-        self._notify_round(record)
+        self._notify("round", **round_event(record, self.record.privacy))
 
     def _aggregate(self, intake: Intake, vector: Vector | None, noise_key: int | None) -> Combined:
         """Fold the updates that count into the state, and publish what comes of it."""
@@ -349,20 +317,12 @@ class Aggregator:
             intake,
             self._course.plan.layout,
             average=self._course.average,
-            noise=self._noise(intake.number, noise_key),
+            noise=round_noise(self.settings, intake.number, noise_key),
         )
         if combined.state is not None:
             self._course.shelf.put(combined.state, intake.number)
             self._desk.publish_manifest()
         return combined
-
-    def _noise(self, number: int, key: int | None) -> np.random.Generator | None:
-        """Return the generator of a round's noise; none where the run is not private."""
-        if self.settings.counting.privacy is None:
-            return None
-        if key is None:
-            return emulated_noise(self.settings.seed, number)
-        return noise_generator(key)
 
     def _take_back(self, number: int, vector: Vector | None) -> dict[str, Report]:
         """Make what was there before a round come of it, everywhere; return what is measured."""
@@ -370,20 +330,3 @@ class Aggregator:
             self._course.shelf.put(vector, number)
             self._desk.publish_manifest()
         return self._phases.evaluate(number, {}, work="restore")
-
-    def _notify_round(self, record: RoundRecord) -> None:
-        self._notify(
-            "round",
-            stage=record.stage,
-            round=record.round,
-            accepted=len(record.accepted),
-            clients=len(record.clients),
-            taken_back=record.taken_back,
-            stale=len(record.stale),
-            unchanged=record.unchanged,
-            epsilon=self.record.privacy.epsilon if self.record.privacy else None,
-            **record.global_.model_dump(),
-            upload_bytes=sum(c.upload_bytes for c in record.clients),
-            virtual_seconds=record.virtual_seconds,
-            wall_seconds=record.observed.wall_seconds,
-        )

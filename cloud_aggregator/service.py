@@ -17,11 +17,12 @@ from pydantic import Field
 from cloud_aggregator.cohort import CohortRule
 from cloud_aggregator.counting import CountingKeys, check_counting
 from cloud_aggregator.database import shown
-from cloud_aggregator.door import DoorLimits
+from cloud_aggregator.guards import LimitsSection, SecuritySection
 from cloud_aggregator.health import monitor, parse_address
 from cloud_aggregator.methods import METHODS, ModuleShape, find_method, stage_layout
 from cloud_aggregator.metrics import CountedNetwork, Metrics
 from cloud_aggregator.records import DataRecord, ModelRecord, PricedRecord, RunRecord
+from cloud_aggregator.restraint import RestraintSettings, check_restraint
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.server import Aggregator
@@ -33,7 +34,6 @@ from device_profiles.errors import InputError
 from device_profiles.modules import PLACEMENTS, lora_rank
 from device_profiles.pricing import CostBasis
 from device_profiles.stages import parse_stages
-from messaging.access import BrokerAccess
 from messaging.chunks import CHUNK_BYTES, ChunkBytes
 from messaging.claims import CLAIM_ABOVE_BYTES, Claims, ClaimStore
 from messaging.key_files import run_keys
@@ -41,7 +41,7 @@ from messaging.layout import Layout, joint_sha256
 from messaging.mqtt import MqttNetwork
 from messaging.protocol import AlignmentSettings, Codec, Identifier, Stage
 from messaging.transfer import UploadLimits
-from quantization.identity import BaseIdentity, binding, identify
+from quantization.identity import BaseIdentity, binding, identify, require_gpt2
 
 log = logging.getLogger(__name__)
 
@@ -77,43 +77,6 @@ class AlignmentSection(Config):
     settings: AlignmentSettings = AlignmentSettings()
 
 
-class SecuritySection(BrokerAccess):
-    """Who may take part, and how the broker is reached: also see ``messaging.access``.
-
-    Attributes:
-        keys: The run's key file, of its owner alone (``pwff certs`` makes one). With it, or with
-            the keys in the environment, every message is sealed and nobody without a key takes
-            part.
-    """
-
-    keys: Path | None = None
-
-
-class LimitsSection(Config):
-    """What may come in of one client and of all: see ``cloud_aggregator.door``.
-
-    Attributes:
-        messages_per_second: Of one client, chunks included; four seconds' worth may come at once.
-        bytes_per_second: Of one client; a second's worth may come at once.
-        waiting_bytes: That lie here unread at once, of all clients.
-    """
-
-    messages_per_second: Annotated[float, Field(ge=1, le=1e6)] = 5000.0
-    bytes_per_second: Annotated[float, Field(ge=2**18, le=1e12)] = 2.0**29
-    waiting_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 2**28
-
-    @property
-    def door(self) -> DoorLimits:
-        """The same for the door."""
-        return DoorLimits(
-            messages_per_second=self.messages_per_second,
-            burst_messages=4 * self.messages_per_second,
-            bytes_per_second=self.bytes_per_second,
-            burst_bytes=self.bytes_per_second,
-            waiting_bytes=self.waiting_bytes,
-        )
-
-
 class Service(CountingKeys):
     """One deployed run.
 
@@ -135,6 +98,7 @@ class Service(CountingKeys):
         replacements: Whether another device is asked in the place of one that vanished, while
             there is time.
         heartbeat_seconds: The devices'; after three of them without a word, one is taken for gone.
+        restraint: A section too: see ``cloud_aggregator.restraint.RestraintSettings``.
         evaluation_seconds: How long it waits for held-out results.
         store: Where the run's state is: ``sqlite:///FILE`` or
             ``postgresql+psycopg://USER@HOST/DATABASE``; by default ``state.sqlite`` in ``out``. An
@@ -186,6 +150,7 @@ class Service(CountingKeys):
     security: SecuritySection = SecuritySection()
     limits: LimitsSection = LimitsSection()
     store: Annotated[str | None, Field(repr=False)] = None
+    restraint: RestraintSettings = RestraintSettings()
     reward: RewardSection = RewardSection()
     alignment: AlignmentSection = AlignmentSection()
 
@@ -225,6 +190,8 @@ def load_service(path: Path) -> Service:
     choose("LoRA placement", service.placement, PLACEMENTS)
     if service.monitor is not None:
         parse_address(service.monitor)
+    stages = parse_stages(service.stages, find_method(service.method))
+    check_restraint(service.restraint, service.method, stages, str(path))
     if service.minimum_clients > service.clients:
         raise InputError(
             f"{path}: minimum_clients = {service.minimum_clients} is above clients = "
@@ -323,14 +290,16 @@ def _settings(service: Service, identity: BaseIdentity) -> RunSettings:
         lora_rank=lora_rank(identity.shape, service.lora_rank)[0],
     )
     method = find_method(service.method)
+    stages = parse_stages(service.stages, method)
+    if stages != ["instruction"]:
+        require_gpt2(identity, f"stages = '{service.stages}'")
     return RunSettings(
         run=service.run,
         method=service.method,
         seed=service.seed,
         modules=modules,
         stages=tuple(
-            _stage_plan(service, stage, stage_layout(stage, method, modules))
-            for stage in parse_stages(service.stages, method)
+            _stage_plan(service, stage, stage_layout(stage, method, modules)) for stage in stages
         ),
         binding=binding(identity, service.placement),
         clients=service.clients,
@@ -407,6 +376,7 @@ def _stage_plan(service: Service, stage: Stage, layout: Layout) -> StagePlan:
         margin=service.reward.margin if stage == "reward" else 0.0,
         alignment=service.alignment.settings if aligns else None,
         reward_drop=service.alignment.reward_drop,
+        restraint=service.restraint if stage == "instruction" else RestraintSettings(),
     )
 
 

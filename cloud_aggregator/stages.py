@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cloud_aggregator.records import GlobalRound, RoundRecord
+from cloud_aggregator.restraint import RestraintSettings
 from cloud_aggregator.rounds import Convergence
 from device_profiles.errors import InputError
 from messaging.layout import Layout
@@ -36,6 +37,7 @@ class StagePlan:
         alignment: How devices align their models; only in that stage.
         reward_drop: Fall of the weighted reward below the stage's beginning at which a round is
             taken back.
+        restraint: What holds instruction tuning back; in other stages nothing.
     """
 
     stage: Stage
@@ -49,6 +51,7 @@ class StagePlan:
     margin: float = 0.0
     alignment: AlignmentSettings | None = None
     reward_drop: float = math.inf
+    restraint: RestraintSettings = field(default_factory=RestraintSettings)
 
 
 def measure(stage: Stage, figures: GlobalRound) -> float | None:

@@ -40,6 +40,8 @@ def global_figures(
     return GlobalRound(
         eval_loss=weighted_mean([(r.eval_loss, r.examples) for r in there]),
         eval_accuracy=weighted_mean([(r.eval_accuracy, r.examples) for r in there]),
+        others_loss=weighted_mean([(r.others_loss, r.examples) for r in there]),
+        others_accuracy=weighted_mean([(r.others_accuracy, r.examples) for r in there]),
         reward_loss=weighted_mean([(f.loss, f.pairs) for f in pairs]),
         reward_accuracy=weighted_mean([(f.accuracy, f.pairs) for f in pairs]),
         reward_helpfulness=weighted_mean([(s.get("helpfulness"), n) for _, n, s in scored]),
@@ -63,6 +65,8 @@ def client_before(stage: Stage, report: Report) -> ClientBefore:
         stage=stage,
         eval_loss=report.eval_loss,
         eval_accuracy=report.eval_accuracy,
+        others_loss=report.others_loss,
+        others_accuracy=report.others_accuracy,
         reward_helpfulness=responses.scores.get("helpfulness") if responses else None,
         reward_harmlessness=responses.scores.get("harmlessness") if responses else None,
         reward_accuracy=weighted_mean([(f.accuracy, f.pairs) for f in figures]),
@@ -118,6 +122,15 @@ def reward_change(run: RunRecord, reports: Mapping[str, Report]) -> float | None
     return _mean(changes) if changes else None
 
 
+def list_clients(run: RunRecord, devices: Mapping[str, DeviceRecord]) -> None:
+    """Take newly seen devices into the record; in deployment the data is the clients' own."""
+    known = {c.id: c for c in run.clients} | dict(devices)
+    run.clients = [known[i] for i in sorted(known)]
+    if run.data.sha256 is None:
+        run.data.examples = sum(c.examples for c in run.clients)
+        run.data.held_out_examples = sum(c.held_out_examples for c in run.clients)
+
+
 def summarise(run: RunRecord) -> Summary:
     """Return the summary of a run from its rounds.
 
@@ -144,6 +157,16 @@ def summarise(run: RunRecord) -> Summary:
         eval_accuracy_before=weighted_mean([(a, weights[i]) for i, a in before.items()]),
         eval_accuracy_after=weighted_mean([(a, weights[i]) for i, a in after.items()]),
         worst_client_accuracy=min(after.values(), default=None),
+        worst_decile_accuracy=worst_decile(list(after.values())),
+        accuracy_fairness=jain_index(list(after.values())) if any(after.values()) else None,
+        others_loss_before=weighted_mean([(c.others_loss, weights[i]) for i, c in first.items()]),
+        others_loss_after=weighted_mean([(c.others_loss, weights[i]) for i, c in last.items()]),
+        others_accuracy_before=weighted_mean(
+            [(c.others_accuracy, weights[i]) for i, c in first.items()]
+        ),
+        others_accuracy_after=weighted_mean(
+            [(c.others_accuracy, weights[i]) for i, c in last.items()]
+        ),
         clients_improved=len(improved) if after else None,
         mean_uplink_seconds=_mean([c.uplink_seconds for c in uploads]),
         mean_uplink_joules=_mean([c.uplink_joules for c in uploads]),
@@ -152,6 +175,12 @@ def summarise(run: RunRecord) -> Summary:
     )
     _add_rewards(summary, run)
     return summary
+
+
+def worst_decile(accuracies: Sequence[float]) -> float | None:
+    """Return the mean of the lowest tenth, rounded up to whole clients; none of none."""
+    lowest = sorted(accuracies)[: -(-len(accuracies) // 10)]
+    return _mean(lowest) if lowest else None
 
 
 def _add_rewards(summary: Summary, run: RunRecord) -> None:

@@ -55,6 +55,7 @@ def make_tasks(
             margin=plan.margin,
             alignment=plan.alignment,
             private=settings.counting.privacy is not None,
+            **plan.restraint.model_dump(),
         )
     return tasks
 

@@ -1,4 +1,4 @@
-"""The small modules that go on a GPT-2: where they sit, what they are called, what they hold.
+"""The small modules that go on a decoder: where they sit, what they are called, what they hold.
 
 Pure arithmetic on the shape of the base. Shape letters: D model width, R rank, M bottleneck size.
 Adapter names and shapes are what travels; LoRA names and shapes are what must not.
@@ -14,7 +14,26 @@ import numpy.typing as npt
 
 from device_profiles.config_files import choose
 from device_profiles.errors import InputError
+from device_profiles.families import FAMILIES, GPT2, PLACEMENTS
 from device_profiles.seeds import stream
+
+__all__ = [
+    "ADAPTER_SITES",
+    "PLACEMENTS",
+    "BaseShape",
+    "LoraSite",
+    "NamedShape",
+    "adapter_name",
+    "adapter_sites",
+    "adapter_tensors",
+    "first_lora_sites",
+    "initial_adapters",
+    "initial_lora",
+    "is_lora",
+    "lora_rank",
+    "lora_sites",
+    "lora_tensors",
+]
 
 ADAPTER_SITES = ("attention", "mlp", "block")
 REFERENCE_WIDTH = 768
@@ -23,11 +42,18 @@ REFERENCE_RANK = 96
 
 @dataclass(frozen=True, kw_only=True)
 class BaseShape:
-    """What of a GPT-2 the modules depend on."""
+    """What of a base the modules depend on.
+
+    Attributes:
+        family: Row of ``device_profiles.families.FAMILIES``.
+        keys: Width of the keys and of the values, where heads share them; none for the width.
+    """
 
     layers: int
     width: int
     inner: int
+    family: str = GPT2
+    keys: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,45 +65,32 @@ class LoraSite:
     outputs: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """One kind of projection of a placement, with its sizes in terms of the base."""
-
-    path: str
-    inputs: str
-    outputs: str
-
-
-#: In the order in which they are filled, kind by kind, each from the top block down.
-PLACEMENTS: dict[str, tuple[Kind, ...]] = {
-    "qkv": (
-        Kind(path="attn.c_attn.query", inputs="width", outputs="width"),
-        Kind(path="attn.c_attn.value", inputs="width", outputs="width"),
-        Kind(path="attn.c_attn.key", inputs="width", outputs="width"),
-    ),
-    "wide": (
-        Kind(path="attn.c_attn", inputs="width", outputs="qkv"),
-        Kind(path="mlp.c_fc", inputs="width", outputs="inner"),
-        Kind(path="mlp.c_proj", inputs="inner", outputs="width"),
-    ),
-}
-
-
 def lora_sites(base: BaseShape, placement: str) -> list[LoraSite]:
     """Return the sites of a placement in the order in which they are filled.
 
     Raises:
-        InputError: If the placement is unknown.
+        InputError: If the placement is unknown, or the base's family has no sites for it.
     """
-    kinds = PLACEMENTS[choose("LoRA placement", placement, PLACEMENTS)]
-    size = {"width": base.width, "qkv": 3 * base.width, "inner": base.inner}
+    choose("LoRA placement", placement, PLACEMENTS)
+    family = FAMILIES[base.family]
+    if placement not in family.placements:
+        raise InputError(
+            f"LoRA placement '{placement}' has no sites on {family.title}; choose "
+            f"{' or '.join(family.placements)}"
+        )
+    size = {
+        "width": base.width,
+        "qkv": 3 * base.width,
+        "inner": base.inner,
+        "keys": base.keys or base.width,
+    }
     return [
         LoraSite(
-            path=f"transformer.h.{block}.{kind.path}",
+            path=f"{family.blocks}.{block}.{kind.path}",
             inputs=size[kind.inputs],
             outputs=size[kind.outputs],
         )
-        for kind in kinds
+        for kind in family.placements[placement]
         for block in reversed(range(base.layers))
     ]
 

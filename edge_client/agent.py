@@ -523,6 +523,9 @@ class Agent:
             eval_accuracy=result.eval_accuracy,
             pairs=result.pairs,
             responses=result.responses,
+            others_loss=result.others_loss,
+            others_accuracy=result.others_accuracy,
+            kept_steps=result.kept_steps,
             costs=result.costs,
         )
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from device_profiles.channel import Link
+from device_profiles.families import GPT2
 from device_profiles.methods import Method, ModuleShape
 from device_profiles.modules import (
     adapter_sites,
@@ -15,6 +16,7 @@ from device_profiles.modules import (
     lora_sites,
     lora_tensors,
 )
+from device_profiles.planning import planned_precision
 from device_profiles.profile import Profile
 from device_profiles.step_memory import base_bytes
 from device_profiles.step_model import StepShape
@@ -23,7 +25,7 @@ from edge_client.data.partition import Part
 from edge_client.privacy import withheld_record
 from messaging.layout import Layout
 from messaging.protocol import Channel, DeviceRecord, Power, Precision, Preference, Stage
-from quantization.identity import BaseIdentity
+from quantization.identity import BaseIdentity, require_gpt2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +67,26 @@ class Modules:
         return lora_rank(self.identity.shape, self.rank)
 
 
+def base_precision(identity: BaseIdentity, asked: str, profile: Profile) -> Precision:
+    """Return what a device holds its base in: as asked, or for ``auto`` as its plan says.
+
+    Raises:
+        BaseModelError: If the base is of a family that is held in fp32 alone, and another is asked.
+    """
+    if identity.shape.family != GPT2:
+        if asked not in {"auto", "fp32"}:
+            require_gpt2(identity, f"precision = '{asked}'")
+        return "fp32"
+    if asked == "auto":
+        return planned_precision(profile)
+    precision: Precision = asked  # type: ignore[assignment]  # a file's schema has checked it
+    return precision
+
+
 def held_bytes(identity: BaseIdentity, precision: Precision) -> int:
     """Return what a base takes in memory at a precision."""
+    if identity.shape.family != GPT2:
+        return identity.base_bytes
     shape = StepShape(
         base=identity.shape,
         heads=1,  # of which the size does not depend

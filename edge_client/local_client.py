@@ -55,6 +55,9 @@ class Result:
     pairs: dict[Objective, PairFigures] = field(default_factory=dict)
     responses: ResponseFigures | None = None
     url: str | None = None
+    others_loss: float | None = None
+    others_accuracy: float | None = None
+    kept_steps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,4 +284,7 @@ def _result(measured: Measured, costs: Costs) -> Result:
         eval_accuracy=measured.eval_accuracy,
         pairs=measured.pairs,
         responses=measured.responses,
+        others_loss=measured.others_loss,
+        others_accuracy=measured.others_accuracy,
+        kept_steps=measured.kept_steps,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from device_profiles.errors import InputError
 from device_profiles.modules import first_lora_sites, initial_adapters, initial_lora
 from edge_client.costs import own_layout
-from edge_client.peft.packed_model import PackedModel
+from edge_client.peft.build import Tunable
 from edge_client.state import ClientState
 from messaging.layout import Layout, Tensors, Vector
 from messaging.protocol import DeviceRecord
@@ -23,9 +23,7 @@ class Policy:
         folder: Where the client's state is, for what an error says.
     """
 
-    def __init__(
-        self, model: PackedModel, device: DeviceRecord, layout: Layout, folder: Path
-    ) -> None:
+    def __init__(self, model: Tunable, device: DeviceRecord, layout: Layout, folder: Path) -> None:
         self.model = model
         self.device = device
         self.layout = own_layout(layout, device.lora_count)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from edge_client.disk import replace_file
+from edge_client.restraint import Watched
 from edge_client.state import TRAINING_FILE
 
 log = logging.getLogger(__name__)
@@ -60,12 +61,14 @@ class Standing:
         rows: Examples that went through the model.
         tokens: Their tokens.
         values: What trains, and Adam's first and second moments. Shape (3, size).
+        watched: What early stopping has seen; none without it.
     """
 
     losses: list[float]
     rows: int
     tokens: int
     values: npt.NDArray[np.float32]
+    watched: Watched | None = None
 
 
 class Progress:
@@ -81,8 +84,15 @@ class Progress:
         self, folder: Path, interruption: Interruption, *, every_steps: int | None = None
     ) -> None:
         self.interruption = interruption
+        self._folder = folder
         self._path = folder / TRAINING_FILE
         self._every = every_steps
+
+    def beside(self, name: str) -> Progress:
+        """Return the checkpoint of another training of the same round."""
+        other = Progress(self._folder, self.interruption, every_steps=self._every)
+        other._path = self._folder / f"{TRAINING_FILE}-{name}"
+        return other
 
     def begun(self, fingerprint: str) -> Standing | None:
         """Return where the training of this fingerprint stood, or none."""
@@ -93,7 +103,10 @@ class Progress:
                 said = json.loads(file.metadata()["pwff"])
                 if said.pop("fingerprint") != fingerprint:
                     return None
-                standing = Standing(values=file.get_tensor("values"), **said)
+                watched = said.pop("watched")
+                if watched is not None:
+                    watched = Watched(best=file.get_tensor("best"), **watched)
+                standing = Standing(values=file.get_tensor("values"), watched=watched, **said)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as err:
             log.warning("%s is damaged (%s): the round begins anew", self._path, err)
             return None
@@ -113,14 +126,31 @@ class Progress:
         if stopping:
             raise StoppedError
 
+    def ended(self, fingerprint: str, standing: Standing) -> None:
+        """Write down what a training came to, where another of the same round follows it.
+
+        Raises:
+            DiskError: If the disk does not take it.
+        """
+        self._write(fingerprint, standing)
+
     def _write(self, fingerprint: str, standing: Standing) -> None:
         said = {
             "fingerprint": fingerprint,
             "losses": standing.losses,
             "rows": standing.rows,
             "tokens": standing.tokens,
+            "watched": None,
         }
+        arrays, watched = {"values": standing.values}, standing.watched
+        if watched is not None:
+            arrays["best"] = watched.best
+            said["watched"] = {
+                "best_loss": watched.best_loss,
+                "best_step": watched.best_step,
+                "looked": watched.looked,
+                "looks": watched.looks,
+                "waited": watched.waited,
+            }
         metadata = {"pwff": json.dumps(said)}
-        replace_file(
-            self._path, lambda new: save_file({"values": standing.values}, new, metadata=metadata)
-        )
+        replace_file(self._path, lambda new: save_file(arrays, new, metadata=metadata))

@@ -13,19 +13,20 @@ from pydantic import Field
 from device_profiles.channel import PAPER_LINK, profile_link
 from device_profiles.config_files import Config, load
 from device_profiles.errors import InputError
+from device_profiles.families import GPT2
 from device_profiles.fleet import check_lora_count, lora_count_of
 from device_profiles.methods import Objective, find_method
-from device_profiles.planning import planned_precision
 from device_profiles.profile import find_profile
 from device_profiles.stages import parse_stages
 from edge_client.data.instructions import load_instructions
 from edge_client.data.own_data import Preferences, load_sources
 from edge_client.data.partition import partition
-from edge_client.device_record import Modules, describe_device, held_bytes
+from edge_client.device_record import Modules, base_precision, describe_device, held_bytes
 from edge_client.host import Host
 from edge_client.ledger import Ledger
 from edge_client.local_client import LocalClient, Setup
 from edge_client.outbox import Outbox
+from edge_client.peft.build import build_model
 from edge_client.peft.packed_model import PackedModel
 from edge_client.preflight import check_memory, client_memory, free_memory, step_shape
 from edge_client.progress import Interruption, Progress
@@ -40,8 +41,7 @@ from messaging.protocol import DeviceRecord, Identifier
 from messaging.security import DeviceSeal
 from quantization.base_model import set_threads
 from quantization.checkpoint import look_through
-from quantization.frozen_gpt2 import load_frozen
-from quantization.identity import BaseIdentity, binding, identify
+from quantization.identity import BaseIdentity, binding, identify, require_gpt2
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,8 @@ class Client(Config):
             learns reward models; ``harmlessness_data`` likewise.
         prompts: That alignment answers, ``kit`` or a file; by default the pairs' own.
         trunk_precision: The run's: of the bare base whose hidden states reward models read.
+        others_data: A file of examples that stand for other users' data: the device is measured on
+            them too.
         held_out_share: Of the device's examples, where the data does not say itself.
         private: Whether nothing leaves the device but updates and what they cost: no loss, count or
             figure. A run with ``[privacy]`` takes private devices alone.
@@ -112,6 +114,7 @@ class Client(Config):
     precision: Literal["auto", "fp32", "bf16", "int8", "int8-dynamic", "nf4"] = "auto"
     lora_count: int | None = None
     lora_rank: int | None = None
+    others_data: str | None = None
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     private: bool = False
@@ -211,6 +214,8 @@ def _local_client(
             f"({profile.note or profile.title}); give the profile of this machine, or measure one "
             "with `pwff devices measure`"
         )
+    if client.stages != "instruction":
+        require_gpt2(identity, f"stages = '{client.stages}'")
     modules = Modules(
         method=method,
         identity=identity,
@@ -244,13 +249,14 @@ def _local_client(
         helpfulness=client.helpfulness,
         preference_pairs=own.training_pairs,
         scoring=scoring(client.trunk_precision) if own.train else "",
-        precision=planned_precision(profile) if client.precision == "auto" else client.precision,
+        precision=base_precision(identity, client.precision, profile),
         costs="measured",
         private=client.private,
     )
     _check_memory(client, identity, device)
-    model = PackedModel(
-        load_frozen(identity, device.precision),
+    model = build_model(
+        identity,
+        device.precision,
         adapter_size=device.adapter_size,
         placement=client.placement,
         lora_count=device.lora_count,
@@ -269,10 +275,14 @@ def _local_client(
         own,
         [dataset.examples[i] for i in part.train],
         [dataset.examples[i] for i in part.held_out],
+        load_instructions(client.others_data).examples if client.others_data else None,
     )
     folder = _folder(client)
     progress = Progress(folder, interruption, every_steps=client.checkpoint_steps)
-    judging = load_judging(identity, client.trunk_precision, model.base) if own.train else None
+    judging = None
+    if own.train:
+        there = [model.base] if isinstance(model, PackedModel) else []
+        judging = load_judging(identity, client.trunk_precision, *there)
     return LocalClient(
         setup,
         build_works(setup, model, device, data, judging=judging, folder=folder, progress=progress),
@@ -291,6 +301,8 @@ def _check_memory(client: Client, identity: BaseIdentity, device: DeviceRecord) 
     Raises:
         NotEnoughMemoryError: If training on a usual batch would take more than is free.
     """
+    if identity.shape.family != GPT2:
+        return  # what the library's step takes is not modelled
     shape = step_shape(
         identity,
         look_through(identity).heads,

@@ -66,6 +66,9 @@ class Measured:
     eval_accuracy: float | None = None
     pairs: dict[Objective, PairFigures] = field(default_factory=dict)
     responses: ResponseFigures | None = None
+    others_loss: float | None = None
+    others_accuracy: float | None = None
+    kept_steps: int | None = None
 
 
 class StageWork(Protocol):

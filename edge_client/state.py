@@ -23,8 +23,11 @@ from messaging.protocol import Outcome, Stage, Task
 
 _KEPT = 2
 _REFERENCE = "stage-1.safetensors"
-#: Where a round that is being trained stands (``progress``); a state that is saved ends it.
+#: Where a round that is being trained stands (``progress``), and with a suffix another training of
+#: that round; a state that is saved ends them.
 TRAINING_FILE = "training-under-way"
+#: Group of a state's extra tensors: the device's personal model, where it keeps one apart.
+COPY = "ditto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,17 @@ def entering(state: ClientState, stage: Stage) -> ClientState:
     if state.stage == stage:
         return state
     return ClientState(round=state.round, stage=stage, personal=state.personal)
+
+
+def extra_group(state: ClientState, group: str) -> Tensors:
+    """Return one group of a state's extra tensors by name; empty where there is none."""
+    start = f"{group}/"
+    return {n.removeprefix(start): t for n, t in state.extra.items() if n.startswith(start)}
+
+
+def personal_copy(state: ClientState) -> Tensors:
+    """Return all tensors of a device's personal model; empty where it keeps none apart."""
+    return extra_group(state, COPY)
 
 
 def settled(state: ClientState, outcome: Outcome) -> ClientState:
@@ -193,7 +207,8 @@ class StateStore:
         kept = [r for r in self.rounds() if r <= state.round][-_KEPT:]
         for other in set(self.rounds()) - set(kept):
             self._path(other).unlink()
-        (self.folder / TRAINING_FILE).unlink(missing_ok=True)
+        for under_way in self.folder.glob(f"{TRAINING_FILE}*"):
+            under_way.unlink()
         if state.stage != "alignment":
             (self.folder / _REFERENCE).unlink(missing_ok=True)
 

@@ -7,25 +7,25 @@ included. Shape letters: P response tokens of a batch, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from device_profiles.errors import InputError
 from device_profiles.seeds import stream
-from edge_client.data.batches import make_batch, training_order
-from edge_client.data.packing import micro_batches, pack
+from edge_client.data.batches import training_order
 from edge_client.data.prompts import Encoded
 from edge_client.descent import Descent, Moments
+from edge_client.passes import passes_of, response_tokens, score
+from edge_client.peft.build import Tunable
 from edge_client.peft.flat_state import joined, named
-from edge_client.peft.packed_model import PackedModel
-from edge_client.peft.tuned_model import TunedModel
 from edge_client.progress import Interruption, Progress, Standing
+from edge_client.restraint import FREE, Anchor, Restraint, Watch
 from edge_client.state import ClientState
 from messaging.layout import Tensors, Vector
 
@@ -42,10 +42,13 @@ class Training:
         tensors: Every trainable tensor after the last step.
         first_moments: Adam's, by tensor name.
         second_moments: Likewise.
-        steps: Optimiser steps taken so far, earlier rounds included.
+        steps: Optimiser steps of what is kept, earlier rounds included.
         loss: Mean over the steps, nats per response token.
         rows: Examples that went through the model.
         tokens: Their tokens, without padding; tokens that examples have in common count each time.
+        kept_steps: Of this training's steps, those whose result is kept: fewer than were taken
+            where early stopping went back to the best.
+        read_tokens: Of validation examples, which went forward only.
     """
 
     tensors: Tensors
@@ -55,6 +58,8 @@ class Training:
     loss: float
     rows: int
     tokens: int
+    kept_steps: int
+    read_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +72,7 @@ class Evaluation:
 
 
 def train(
-    model: PackedModel | TunedModel,
+    model: Tunable,
     state: ClientState,
     examples: Sequence[Encoded],
     *,
@@ -78,11 +83,17 @@ def train(
     words: tuple[str | int, ...],
     accumulate: int | None = None,
     checkpoint: bool = False,
+    restraint: Restraint = FREE,
+    validation: Sequence[Encoded] = (),
+    anchor: Anchor | None = None,
     progress: Progress | None = None,
+    followed: bool = False,
 ) -> Training:
     """Take ``steps`` of AdamW from what is on the model, with the moments of ``state``.
 
-    The batches are a function of ``seed`` and ``words`` alone.
+    The batches and the masks of dropout are a function of ``seed`` and ``words`` alone. With
+    patience, the validation examples are looked at before the first step, after every few and at
+    the end, and what had the lowest loss there is kept, with its moments.
 
     Args:
         model: With the client's tensors on it; they are trained in place.
@@ -96,68 +107,145 @@ def train(
         accumulate: Go through a batch in parts of at most so many tokens (an example that is
             longer goes alone), with the gradients of the whole; none for all at once.
         checkpoint: Keep less of the forward pass and compute it twice, with the same gradients.
+        restraint: What holds it back.
+        validation: Examples that are looked at and not learned from; at least 1 with patience.
+        anchor: What a proximal term pulls towards; it is no part of the losses that are told.
         progress: Where it is written down how far the training is; what was begun there from the
             same start, settings and examples goes on, to the same bits.
+        followed: Whether another training of the same round comes after it: what it came to is
+            then written down too.
 
     Raises:
         InputError: If training diverges.
         StoppedError: If the device is to leave; ``progress`` has where the training stands.
         DiskError: If the disk does not take that.
     """
-    passes = _passes(model, accumulate, checkpoint)
-    values = passes.values
-    names = model.trainable()
+    passes = passes_of(model, accumulate, checkpoint)
+    values, names = passes.values, model.trainable()
     moments = Moments(
         first=state.first_moments,
         second=state.second_moments,
         steps=state.steps if state.first_moments else 0,
     )
-    losses: list[float] = []
-    rows, tokens, fingerprint = 0, 0, ""
-    if progress is not None:
-        settings = (steps, batch_size, learning_rate, seed, words, accumulate, checkpoint)
-        fingerprint = _fingerprint(repr((settings, state.steps)), model.take(), moments, examples)
-        begun = progress.begun(fingerprint)
-        if begun is not None:
-            losses, rows, tokens = list(begun.losses), begun.rows, begun.tokens
-            moments = _stand(values, begun, names, moments.steps + len(losses))
+    before = moments.steps
+    settings = (steps, batch_size, learning_rate, seed, words, accumulate, checkpoint)
+    pulled = anchor and (anchor.pull, hashlib.sha256(anchor.values.data).hexdigest())
+    said = repr((settings, restraint, pulled, len(validation), state.steps))
+    log = _Log(progress, said, model, moments, [*examples, *validation])
+    begun = log.begun
+    losses, rows, tokens = list(begun.losses), begun.rows, begun.tokens
+    if losses:
+        moments = _stand(values, begun.values, names, before + len(losses))
     descent = Descent(
-        [values], names, learning_rate=learning_rate, clip_norm=_CLIP_NORM, moments=moments
+        [values],
+        names,
+        learning_rate=learning_rate,
+        weight_decay=restraint.weight_decay,
+        clip_norm=_CLIP_NORM,
+        moments=moments,
+    )
+
+    def state_now() -> npt.NDArray[np.float32]:
+        now = descent.moments()
+        return np.stack(
+            [_array(values.detach()), joined(now.first, names), joined(now.second, names)]
+        )
+
+    def validation_loss() -> float:
+        passes.finish()
+        return evaluate(model, validation).loss
+
+    watch = Watch(
+        restraint.patience,
+        restraint.every,
+        loss=validation_loss,
+        values=state_now,
+        seen=begun.watched,
     )
 
     def standing() -> Standing:
-        now = descent.moments()
-        parts = [_array(values.detach()), joined(now.first, names), joined(now.second, names)]
-        return Standing(losses=losses, rows=rows, tokens=tokens, values=np.stack(parts))
+        return Standing(
+            losses=losses, rows=rows, tokens=tokens, values=state_now(), watched=watch.seen
+        )
 
     order = training_order(
         len(examples), steps, min(batch_size, len(examples)), stream(seed, "batches", *words)
     )
     for indices in islice(order, len(losses), None):
+        if watch.over(len(losses)):
+            break
         batch = [examples[i] for i in indices]
-        losses.append(passes.loss_gradient(batch))
-        if not losses[-1] < _DIVERGED:
-            raise InputError(
-                f"learning_rate = {learning_rate:g}: the loss is {losses[-1]:g} at step "
-                f"{len(losses)}; choose a lower one"
-            )
+        losses.append(passes.loss_gradient(batch, restraint.dropout(seed, words, len(losses))))
+        _check(losses, learning_rate)
+        _pull(values, anchor)
         if values.numel():
             descent.step()
         rows += len(batch)
         tokens += sum(len(example.tokens) for example in batch)
-        if progress is not None and len(losses) < steps:
-            progress.stepped(fingerprint, len(losses), standing)
+        if len(losses) < steps:
+            log.stepped(len(losses), standing)
+    watched = watch.look(len(losses))
+    if followed:
+        log.ended(standing)
+    moments, kept_steps, looks = descent.moments(), len(losses), 0
+    if watched is not None:
+        kept_steps, looks = watched.best_step, watched.looks
+        moments = _stand(values, watched.best, names, before + kept_steps)
     passes.finish()
-    moments = descent.moments()
     return Training(
         tensors=model.take(),
         first_moments=moments.first,
         second_moments=moments.second,
-        steps=state.steps + len(losses),
+        steps=state.steps + kept_steps,
         loss=sum(losses) / len(losses),
         rows=rows,
         tokens=tokens,
+        kept_steps=kept_steps,
+        read_tokens=looks * sum(len(example.tokens) for example in validation),
     )
+
+
+class _Log:
+    """Where one training writes down how far it is; nowhere, where it is not asked to."""
+
+    def __init__(
+        self,
+        progress: Progress | None,
+        settings: str,
+        model: Tunable,
+        moments: Moments,
+        examples: Sequence[Encoded],
+    ) -> None:
+        self._progress, self._fingerprint = progress, ""
+        self.begun = Standing(losses=[], rows=0, tokens=0, values=np.zeros((3, 0), np.float32))
+        if progress is not None:
+            self._fingerprint = _fingerprint(settings, model.take(), moments, examples)
+            self.begun = progress.begun(self._fingerprint) or self.begun
+
+    def stepped(self, steps: int, standing: Callable[[], Standing]) -> None:
+        if self._progress is not None:
+            self._progress.stepped(self._fingerprint, steps, standing)
+
+    def ended(self, standing: Callable[[], Standing]) -> None:
+        if self._progress is not None:
+            self._progress.ended(self._fingerprint, standing())
+
+
+def _check(losses: Sequence[float], learning_rate: float) -> None:
+    if not losses[-1] < _DIVERGED:
+        raise InputError(
+            f"learning_rate = {learning_rate:g}: the loss is {losses[-1]:g} at step "
+            f"{len(losses)}; choose a lower one"
+        )
+
+
+@torch.no_grad()
+def _pull(values: nn.Parameter, anchor: Anchor | None) -> None:
+    """Add the gradient of the proximal term, if there is one, to that of the loss."""
+    if anchor is not None and values.grad is not None:
+        size = len(anchor.values)
+        away = values[:size] - torch.from_numpy(anchor.values).to(values)
+        values.grad[:size].add_(away, alpha=anchor.pull)
 
 
 def _fingerprint(
@@ -175,17 +263,20 @@ def _fingerprint(
 
 
 def _stand(
-    values: nn.Parameter, begun: Standing, names: Mapping[str, torch.Tensor], steps: int
+    values: nn.Parameter,
+    state: npt.NDArray[np.float32],
+    names: Mapping[str, torch.Tensor],
+    steps: int,
 ) -> Moments:
-    """Put a training's values where they were; return its moments."""
-    now, first, second = begun.values
+    """Put a training's values where they were; return its moments. Shape (3, size)."""
+    now, first, second = state
     with torch.no_grad():
         values.copy_(torch.from_numpy(now))
     return Moments(first=named(first, names), second=named(second, names), steps=steps)
 
 
 def evaluate(
-    model: PackedModel | TunedModel,
+    model: Tunable,
     examples: Sequence[Encoded],
     interruption: Interruption | None = None,
 ) -> Evaluation:
@@ -201,10 +292,10 @@ def evaluate(
         if interruption is not None:
             interruption.check()
         batch = by_length[start : start + _EVALUATION_BATCH]
-        nats, hits = _score(model, batch)
+        nats, hits = score(model, batch)
         loss += nats
         right += hits
-        count += _response_tokens(batch)
+        count += response_tokens(batch)
     if not loss / count < _DIVERGED:
         raise InputError(
             f"the held-out loss is {loss / count:g}: training diverged; choose a lower "
@@ -213,88 +304,6 @@ def evaluate(
     return Evaluation(loss=loss / count, accuracy=right / count, tokens=count)
 
 
-def _response_tokens(batch: Sequence[Encoded]) -> int:
-    return sum(len(example.tokens) - example.response_start for example in batch)
-
-
-# -- both kinds of model: all that trains is one parameter -----------------------------------------
-
-
-class _Passes(Protocol):
-    values: nn.Parameter
-
-    def loss_gradient(self, batch: Sequence[Encoded]) -> float:
-        """Return the mean loss and leave its gradient on ``values``."""
-
-    def finish(self) -> None:
-        """Leave the trained values on the model."""
-
-
-class _PackedPasses:
-    def __init__(self, model: PackedModel, accumulate: int | None, checkpoint: bool) -> None:
-        self.values = model.parameter()
-        self._model, self._accumulate, self._checkpoint = model, accumulate, checkpoint
-
-    def loss_gradient(self, batch: Sequence[Encoded]) -> float:
-        count, loss = _response_tokens(batch), 0.0
-        for i, part in enumerate(micro_batches(batch, self._accumulate)):
-            packed = pack(part, self._model.device)
-            nats = self._model.loss_gradient(
-                packed, weight=1 / count, add=i > 0, checkpoint=self._checkpoint
-            )
-            loss += float(nats)
-        return loss / count
-
-    def finish(self) -> None:
-        """Do nothing: the values are the model's own."""
-
-
-class _PaddedPasses:
-    def __init__(self, model: TunedModel) -> None:
-        self._model = model
-        self._parameters = list(model.trainable().values())
-        joined = [p.detach().reshape(-1) for p in self._parameters]
-        self.values = nn.Parameter(torch.cat(joined) if joined else torch.zeros(0))
-
-    def loss_gradient(self, batch: Sequence[Encoded]) -> float:
-        self.finish()
-        padded = make_batch(batch, self._model.base.end_token)
-        logits = self._model.logits_at(padded.tokens, padded.places)  # (P, V)
-        loss = torch.nn.functional.cross_entropy(logits.float(), padded.targets)
-        if self._parameters:
-            parts = torch.autograd.grad(loss, self._parameters)
-            self.values.grad = torch.cat([part.reshape(-1) for part in parts])
-        return loss.item()
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        sizes = [p.numel() for p in self._parameters]
-        for parameter, part in zip(self._parameters, torch.split(self.values, sizes), strict=True):
-            parameter.copy_(part.view_as(parameter))
-
-
-def _passes(model: PackedModel | TunedModel, accumulate: int | None, checkpoint: bool) -> _Passes:
-    if isinstance(model, PackedModel):
-        return _PackedPasses(model, accumulate, checkpoint)
-    if accumulate is not None or checkpoint:
-        raise InputError(
-            "accumulate and checkpoint are of packed training; use a PackedModel, or leave them out"
-        )
-    return _PaddedPasses(model)
-
-
 def _array(vector: torch.Tensor) -> Vector:
     array: Vector = vector.to("cpu", torch.float32).numpy()
     return array
-
-
-def _score(model: PackedModel | TunedModel, batch: Sequence[Encoded]) -> tuple[float, int]:
-    """Return the summed loss, nats, and how many targets are predicted."""
-    if isinstance(model, PackedModel):
-        loss, hits = model.score(pack(batch, model.device))
-        return float(loss), int(hits)
-    padded = make_batch(batch, model.base.end_token)
-    with torch.inference_mode():
-        logits = model.logits_at(padded.tokens, padded.places).float()  # (P, V)
-        loss = torch.nn.functional.cross_entropy(logits, padded.targets, reduction="sum")
-        return float(loss), int((logits.argmax(-1) == padded.targets).sum())

@@ -9,7 +9,7 @@ from edge_client.alignment.work import AlignmentData, AlignmentWork
 from edge_client.data.own_data import OwnData
 from edge_client.instruction_work import InstructionWork
 from edge_client.local_client import Setup
-from edge_client.peft.packed_model import PackedModel
+from edge_client.peft.build import Tunable
 from edge_client.policy import Policy
 from edge_client.progress import Progress
 from edge_client.reward.judging import Judging
@@ -35,7 +35,7 @@ def load_judging(identity: BaseIdentity, precision: str, *bases: FrozenBase) -> 
 
 def build_works(
     setup: Setup,
-    model: PackedModel,
+    model: Tunable,
     device: DeviceRecord,
     data: OwnData,
     *,
@@ -61,6 +61,7 @@ def build_works(
         policy,
         train_examples=data.examples,
         held_out=data.held_out,
+        others=data.others,
         lora_rank=setup.lora_rank,
         adapter_size=setup.adapter_size,
         progress=progress,

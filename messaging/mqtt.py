@@ -163,10 +163,13 @@ class MqttNetwork:
             answered = probe.answered.wait(wait_seconds)
         finally:
             probe.close()
-        if not answered:
-            because = f" ({probe.trouble})" if probe.trouble else ""
+        if probe.trouble and not probe.refusal:
             raise BrokerUnavailableError(
-                f"no MQTT broker answered at {self.address} within {wait_seconds:g} s{because}; "
+                f"no MQTT connection to the broker at {self.address}: {probe.trouble}"
+            )
+        if not answered:
+            raise BrokerUnavailableError(
+                f"no MQTT broker answered at {self.address} within {wait_seconds:g} s; "
                 "start one there, correct --broker, or leave it out to use the embedded one"
             )
         if probe.refusal:
@@ -185,7 +188,7 @@ class _MqttTransport:
     """One paho client.
 
     Attributes:
-        answered: Set once the broker has accepted or refused.
+        answered: Set once the broker has accepted or refused, or there is ``trouble``.
         refusal: Why it last refused, or an empty string.
         largest_packet: Bytes of the largest packet that the broker takes, where it has said so.
         trouble: What was last wrong with certificates or password, or an empty string.
@@ -335,6 +338,7 @@ class _MqttTransport:
 
     def _note_trouble(self, reason: str) -> None:
         self.trouble = reason
+        self.answered.set()
 
     def is_connected(self) -> bool:
         """Return whether the broker has accepted this connection, and it stands."""

@@ -278,7 +278,8 @@ class Report(_FromDevice):
     """Held-out results on the state of ``round``, or a training that has nothing to upload.
 
     ``stage`` and ``phase`` are the task's: one round is measured again when it is taken back, and
-    where the next stage begins.
+    where the next stage begins. ``others_*`` are of held-out examples of other clients, and
+    ``kept_steps`` are those of the round's training that early stopping kept.
     """
 
     kind: Literal["REPORT"] = "REPORT"
@@ -293,6 +294,7 @@ class Report(_FromDevice):
     responses: ResponseFigures | None = None
     others_loss: Loss | None = None
     others_accuracy: Share | None = None
+    kept_steps: Count | None = None
     costs: Costs
 
 
@@ -330,6 +332,7 @@ class Task(_Message):
     of ``round`` when it evaluates and of the round before when it trains. ``upload_within_seconds``
     of the round's beginning: above 0, the device may wait so long for a good channel. ``private``
     asks for no loss, count or figure of the device's data: client-level privacy is on.
+    ``proximal`` and the five after it hold back instruction tuning: see ``edge_client.restraint``.
     """
 
     kind: Literal["TASK"] = "TASK"
@@ -355,6 +358,8 @@ class Task(_Message):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
     stopping_patience: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    validation_every: Annotated[int, Field(ge=1, le=1_000_000)] = 4
     private: bool = False
     reason: Annotated[str, Field(max_length=400)] = ""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from device_profiles.families import FAMILIES
 from quantization.errors import BaseModelError
 from quantization.identity import BaseIdentity
 
@@ -48,7 +49,7 @@ class Base:
     """A frozen base in memory."""
 
     identity: BaseIdentity
-    model: GPT2LMHeadModel
+    model: Any
     tokenizer: Any
 
     @property
@@ -70,10 +71,10 @@ def load_base(identity: BaseIdentity) -> Base:
             tokenizer does not fit the weights.
     """
     from safetensors import SafetensorError
-    from transformers import GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM
 
     try:
-        model, notes = GPT2LMHeadModel.from_pretrained(
+        model, notes = AutoModelForCausalLM.from_pretrained(
             identity.folder,
             dtype=torch.float32,
             attn_implementation="sdpa",
@@ -85,7 +86,8 @@ def load_base(identity: BaseIdentity) -> Base:
         raise BaseModelError(f"{identity.folder} cannot be loaded: {_line(err)}") from err
     if notes["missing_keys"]:
         raise BaseModelError(
-            f"{identity.folder} lacks {len(notes['missing_keys'])} tensors of a GPT-2, "
+            f"{identity.folder} lacks {len(notes['missing_keys'])} tensors of a "
+            f"{FAMILIES[identity.shape.family].title}, "
             f"'{sorted(notes['missing_keys'])[0]}' among them"
         )
     tokenizer = load_tokenizer(identity)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantization.errors import BaseModelError
-from quantization.identity import BaseIdentity
+from quantization.identity import BaseIdentity, require_gpt2
 
 #: ``approximate`` of ``torch.nn.functional.gelu`` for each activation that is computed here.
 GELU: dict[str, Literal["tanh", "none"]] = {
@@ -71,6 +71,7 @@ def look_through(identity: BaseIdentity) -> Checkpoint:
         BaseModelError: If something is missing, does not fit or is damaged, or it is a GPT-2 that
             this version does not compute.
     """
+    require_gpt2(identity, "a packed step on frozen weights")
     path = identity.folder / "config.json"
     config: dict[str, Any] = json.loads(path.read_text())
     heads, epsilon, gelu = _read_config(path, config, identity.shape.width)

@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from device_profiles.families import FAMILIES, GPT2
 from device_profiles.modules import BaseShape
 from quantization.errors import BaseModelError, HubUnavailableError, MissingExtraError
 
@@ -25,7 +26,7 @@ MINI = "mini"
 _WEIGHTS = "model.safetensors"
 _TOKENIZER = "tokenizer.json"
 _MOST_HEADER_BYTES = 50_000_000
-_TIED = "lm_head."
+_TIED = ("lm_head.", "embed_out.")
 _MASKS = (".attn.bias", ".attn.masked_bias")  # in old checkpoints: constants, not weights
 _HUB_FILES = ["config.json", _WEIGHTS, "tokenizer*", "vocab.json", "merges.txt", "special_tokens*"]
 
@@ -71,18 +72,15 @@ def identify(name: str) -> BaseIdentity:
     """Return the identity of a base.
 
     Raises:
-        BaseModelError: If the folder is missing or damaged, or holds no GPT-2.
+        BaseModelError: If the folder is missing or damaged, or holds a model of no known family.
         HubUnavailableError: If ``name`` is a hub id and the hub does not answer.
     """
     folder = _locate(name)
     config = _read_config(folder)
     weights = folder / _WEIGHTS
-    parameters = _count_parameters(weights)
-    shape = BaseShape(
-        layers=int(config["n_layer"]),
-        width=int(config["n_embd"]),
-        inner=int(config.get("n_inner") or 4 * int(config["n_embd"])),
-    )
+    shape = _shape(config, folder)
+    parameters = _count_parameters(weights, tied=_is_tied(config))
+    family = FAMILIES[config["model_type"]]
     tokenizer = folder if (folder / _TOKENIZER).is_file() else mini_folder()
     vocabulary = int(config["vocab_size"])
     if tokenizer != folder:
@@ -95,7 +93,7 @@ def identify(name: str) -> BaseIdentity:
         sha256=file_sha256(weights),
         tokenizer_sha256=file_sha256(tokenizer / _TOKENIZER),
         parameters=parameters,
-        positions=int(config["n_positions"]),
+        positions=int(config[family.positions]),
         vocabulary=vocabulary,
         shape=shape,
     )
@@ -153,12 +151,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as err:
         raise BaseModelError(f"{folder} has no readable config.json; give a checkpoint") from err
     kind = config.get("model_type")
-    if kind != "gpt2":
-        raise BaseModelError(f"{folder} holds a '{kind}'; this version tunes GPT-2 ('gpt2')")
-    inner = config.get("n_inner")
+    if kind not in FAMILIES:
+        others = ", ".join(f"{f.title} ('{name}')" for name, f in FAMILIES.items() if name != GPT2)
+        raise BaseModelError(
+            f"{folder} holds a '{kind}'; this version tunes GPT-2 ('gpt2'), and on padded batches "
+            f"{others}"
+        )
+    family = FAMILIES[kind]
+    inner = config.get(family.inner)
     if inner is not None and (not isinstance(inner, int) or inner < 1):
-        raise BaseModelError(f"{folder}/config.json: n_inner = {inner!r}; a whole number or null")
-    for key in ("n_layer", "n_embd", "n_positions", "vocab_size"):
+        raise BaseModelError(
+            f"{folder}/config.json: {family.inner} = {inner!r}; a whole number or null"
+        )
+    needed = [family.layers, family.width, family.positions, "vocab_size"]
+    needed += [] if kind == GPT2 else [family.heads, family.inner]
+    for key in needed:
         if not isinstance(config.get(key), int) or config[key] < 1:
             raise BaseModelError(
                 f"{folder}/config.json: {key} = {config.get(key)!r}; a whole number"
@@ -166,7 +173,52 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _count_parameters(weights: Path) -> int:
+def _shape(config: dict[str, Any], folder: Path) -> BaseShape:
+    kind = config["model_type"]
+    family, width = FAMILIES[kind], int(config[FAMILIES[kind].width])
+    keys = None
+    if kind != GPT2:
+        heads = int(config[family.heads])
+        size = config.get("head_dim") or width // heads
+        if size * heads != width:
+            raise BaseModelError(
+                f"{folder}/config.json: {heads} heads of {size} make {size * heads}, and the width "
+                f"is {width}; this version tunes models where the two are the same"
+            )
+        keys = int(config.get("num_key_value_heads") or heads) * int(size)
+    return BaseShape(
+        layers=int(config[family.layers]),
+        width=width,
+        inner=int(config.get(family.inner) or 4 * width),
+        family=kind,
+        keys=keys,
+    )
+
+
+def _is_tied(config: dict[str, Any]) -> bool:
+    """Return whether the head is the embedding: always so where the packed step is."""
+    return config["model_type"] == GPT2 or bool(config.get("tie_word_embeddings", False))
+
+
+def require_gpt2(identity: BaseIdentity, what: str) -> None:
+    """Refuse what only a GPT-2 has.
+
+    Args:
+        identity: Of the base.
+        what: That needs it, as the beginning of a sentence.
+
+    Raises:
+        BaseModelError: If the base is of another family.
+    """
+    if identity.shape.family != GPT2:
+        raise BaseModelError(
+            f"{what} needs a GPT-2, and {identity.name} is a "
+            f"{FAMILIES[identity.shape.family].title}, which is tuned by instructions in fp32 and "
+            "generates, and no more"
+        )
+
+
+def _count_parameters(weights: Path, *, tied: bool) -> int:
     try:
         with weights.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -174,7 +226,9 @@ def _count_parameters(weights: Path) -> int:
         return sum(
             math.prod(entry["shape"])
             for name, entry in header.items()
-            if name != "__metadata__" and not name.startswith(_TIED) and not name.endswith(_MASKS)
+            if name != "__metadata__"
+            and not (tied and name.startswith(_TIED))
+            and not name.endswith(_MASKS)
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as err:
         raise BaseModelError(f"{weights} is missing or damaged; give another checkpoint") from err

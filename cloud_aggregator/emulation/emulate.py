@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from cloud_aggregator.emulation.airtime import airtime_lines
 from cloud_aggregator.emulation.broker_watch import watch_broker
 from cloud_aggregator.emulation.fleet import WorkerSpec
 from cloud_aggregator.emulation.plan import (
@@ -87,6 +88,7 @@ def emulate(
         devices = [client.device for client in planned.fleet.clients]
         for listener in (tracked, notify):
             listener("plan", record=record, clients=devices, broken=planned.dataset.broken)
+        notify("airtime", lines=airtime_lines(experiment, planned.identity, planned.fleet))
         network, url = stack.enter_context(_network(experiment))
         pool: list[WorkerPool] = []
         keys = _keys(experiment, record.run)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
 from cloud_aggregator.experiment import Experiment
+from cloud_aggregator.restraint import RestraintSettings
 from cloud_aggregator.stages import StagePlan
 from device_profiles.fleet import Device, check_lora_count, draw_fleet, find_fleet
 from device_profiles.methods import ModuleShape, Objective, find_method
 from device_profiles.modules import adapter_sites, lora_rank
-from device_profiles.planning import planned_precision
 from device_profiles.pricing import PRICED_SHAPES, CostBasis, cost_basis
 from device_profiles.profile import Profile
+from device_profiles.seeds import stream
 from edge_client.data.instructions import Dataset
 from edge_client.data.own_data import Places, Preferences
 from edge_client.data.partition import Part, partition
-from edge_client.device_record import Modules, describe_device
+from edge_client.device_record import Modules, base_precision, describe_device
 from edge_client.reward.reference import scoring
 from messaging.layout import Layout
-from messaging.protocol import DeviceRecord, Precision, Stage
+from messaging.protocol import DeviceRecord, Stage
 from quantization.identity import BaseIdentity
 
 #: The broker's address reaches a worker through its environment: it may hold a password.
@@ -37,6 +38,7 @@ class ClientSpec(BaseModel):
     profile: Profile
     train: list[int]
     held_out: list[int]
+    others: list[int] = []
     own: Places
 
 
@@ -107,6 +109,7 @@ def stage_plans(experiment: Experiment, layouts: Mapping[Stage, Layout]) -> tupl
             margin=experiment.margin if stage == "reward" else 0.0,
             alignment=experiment.alignment if stage == "alignment" else None,
             reward_drop=experiment.reward_drop,
+            restraint=experiment.restraint if stage == "instruction" else RestraintSettings(),
         )
         for stage, layout in layouts.items()
     )
@@ -151,9 +154,10 @@ def plan_fleet(
             profile=device.profile,
             train=list(part.train),
             held_out=list(part.held_out),
+            others=_others(experiment, i, parts),
             own=own,
         )
-        for device, part, own in zip(devices, parts, places, strict=True)
+        for i, (device, part, own) in enumerate(zip(devices, parts, places, strict=True))
     ]
     return FleetPlan(
         clients=clients,
@@ -163,18 +167,20 @@ def plan_fleet(
     )
 
 
+def _others(experiment: Experiment, client: int, parts: Sequence[Part]) -> list[int]:
+    """Return held-out examples of other clients that one client is measured on, too."""
+    there = [i for n, part in enumerate(parts) if n != client for i in part.held_out]
+    size = min(experiment.others_sample, len(there))
+    places = stream(experiment.seed, "others", client).permutation(len(there))[:size]
+    return sorted(there[int(place)] for place in places)
+
+
 def _priced(experiment: Experiment, identity: BaseIdentity) -> CostBasis | None:
     if experiment.priced_at == "base":
         return None
     base, _ = PRICED_SHAPES[experiment.priced_at]
     rank, _ = lora_rank(base, experiment.priced_lora_rank)
     return cost_basis(experiment.priced_at, identity.shape, rank)
-
-
-def _precision(experiment: Experiment, device: Device) -> Precision:
-    if experiment.precision != "auto":
-        return experiment.precision
-    return planned_precision(device.profile)
 
 
 def _describe(
@@ -193,7 +199,7 @@ def _describe(
         helpfulness=device.preference if experiment.preference is None else experiment.preference,
         preference_pairs=own.training_pairs,
         scoring=scoring(experiment.trunk_precision) if own.train else "",
-        precision=_precision(experiment, device),
+        precision=base_precision(modules.identity, experiment.precision, device.profile),
         costs="modelled",
         private=experiment.privacy is not None,
     )

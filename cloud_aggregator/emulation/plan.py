@@ -22,6 +22,7 @@ from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.service import model_record
 from cloud_aggregator.settings import RunSettings
 from device_profiles.errors import InputError
+from device_profiles.families import GPT2
 from edge_client.data.instructions import Dataset, load_instructions
 from edge_client.data.own_data import Preferences, load_sources
 from edge_client.device_record import held_bytes
@@ -33,7 +34,7 @@ from edge_client.preflight import (
     step_shape,
 )
 from messaging.layout import joint_sha256
-from quantization.identity import BaseIdentity, binding, identify
+from quantization.identity import BaseIdentity, binding, identify, require_gpt2
 
 _GATHER_SECONDS = 300.0
 _PATIENCE_SECONDS = 3600.0
@@ -61,6 +62,8 @@ def plan_run(experiment: Experiment, folder: RunFolder) -> Planned:
         BaseModelError: If the base is not usable.
     """
     identity = identify(experiment.model)
+    if experiment.stage_names != ["instruction"]:
+        require_gpt2(identity, f"stages = '{experiment.stages}'")
     dataset = load_instructions(experiment.data)
     preferences = load_sources(
         preference_sources(experiment), experiment.prompts, seed=experiment.seed
@@ -86,6 +89,8 @@ def check_plan_memory(planned: Planned) -> None:
     from quantization.checkpoint import look_through  # needs torch
 
     experiment, fleet, workers = planned.experiment, planned.fleet, planned.workers
+    if planned.identity.shape.family != GPT2:
+        return  # what the library's step takes is not modelled
     shape = step_shape(
         planned.identity,
         look_through(planned.identity).heads,

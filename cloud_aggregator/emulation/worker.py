@@ -24,6 +24,7 @@ from edge_client.device_record import link_of
 from edge_client.host import Host
 from edge_client.ledger import Ledger
 from edge_client.local_client import LocalClient, Setup
+from edge_client.peft.build import build_model
 from edge_client.peft.packed_model import PackedModel
 from edge_client.progress import Interruption, Progress
 from edge_client.works import build_works, load_judging
@@ -31,7 +32,6 @@ from messaging.key_files import RunKeys
 from messaging.mqtt import MqttNetwork
 from messaging.transport import Network
 from quantization.base_model import set_threads
-from quantization.frozen_gpt2 import load_frozen
 from quantization.identity import identify
 
 
@@ -54,8 +54,9 @@ def build_clients(spec: WorkerSpec, interruption: Interruption | None = None) ->
         precision = client.device.precision
         counts[precision] = max(counts.get(precision, 0), client.device.lora_count)
     models = {
-        precision: PackedModel(
-            load_frozen(identity, precision),
+        precision: build_model(
+            identity,
+            precision,
             adapter_size=spec.adapter_size if adapters else 0,
             placement=spec.placement,
             lora_count=count,
@@ -86,7 +87,7 @@ def build_clients(spec: WorkerSpec, interruption: Interruption | None = None) ->
     if preferences.hashes != spec.hashes:
         raise InputError("preference data changed since the run was planned; start a new run")
     interruption = interruption or Interruption()
-    bases = [model.base for model in models.values()]
+    bases = [model.base for model in models.values() if isinstance(model, PackedModel)]
     judging = load_judging(identity, spec.trunk_precision, *bases) if spec.preferences else None
     examples = dataset.examples
     folder = RunFolder(Path(spec.run_folder))
@@ -101,6 +102,7 @@ def build_clients(spec: WorkerSpec, interruption: Interruption | None = None) ->
                     client.own,
                     [examples[i] for i in client.train],
                     [examples[i] for i in client.held_out],
+                    [examples[i] for i in client.others],
                 ),
                 judging=judging,
                 folder=folder.client_path(client.device.id),

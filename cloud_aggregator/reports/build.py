@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cloud_aggregator.counting_words import counting_lines
+from cloud_aggregator.fairness import fairness_lines, gap
 from cloud_aggregator.methods import METHODS
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.reports import (
@@ -93,7 +94,7 @@ def _environment() -> Environment:
     filters = (
         words.percent, words.points, words.nats, words.size, words.energy, words.duration,
         words.number, words.clients, words.index, words.priced, words.score, words.gain,
-        words.tokens, words.weights,
+        words.tokens, words.weights, words.evenness,
     )  # fmt: skip
     environment.filters.update({f.__name__: f for f in filters})
     environment.filters["figure_as"] = lambda value, name: environment.filters[name](value)
@@ -142,6 +143,8 @@ def _one(name: str, run: RunRecord) -> dict[str, Any]:
         "retransmitted": sum(r.observed.retransmitted_bytes for r in run.rounds),
         "refused": _refused(run),
         "tuned": _tuned(run, learned),
+        "fairness": fairness_lines(learned.summary),
+        "beyond": any(track.beyond is not None for track in found),
         "learning": [*plots.per_round(learned, found), plots.before_and_after(found)],
         "data": plots.categories(found),
         "devices": cost_plots.devices(everyone, source),
@@ -157,6 +160,21 @@ def _one(name: str, run: RunRecord) -> dict[str, Any]:
         "energy_more": len(entries[_MOST_ENTRIES:]),
         "on_battery": any(entry.battery_left is not None for entry in entries),
     }
+
+
+def fairness_of(folders: Sequence[Path]) -> list[str]:
+    """Return how even each run is over its clients, and how personal their models are.
+
+    Raises:
+        InputError: If a run cannot be read.
+    """
+    said = []
+    for path in folders:
+        home = path.parent if path.is_file() else path
+        lines = fairness_lines(of_stage(read_record(path), "instruction").summary)
+        start = "" if len(folders) == 1 else f"{home.resolve().name}: "
+        said += [f"{start}{line}" for line in lines]
+    return said
 
 
 def _tuned(run: RunRecord, learned: RunRecord) -> bool:
@@ -191,6 +209,7 @@ def _several(runs: Sequence[tuple[str, RunRecord]]) -> dict[str, Any]:
                 "source": series.source_of_costs(run),
                 "summary": alone.summary,
                 "worst": comparison.worst_text(alone),
+                "gap": gap(alone.summary.eval_accuracy_after, alone.summary.others_accuracy_after),
                 "wall_seconds": sum(r.observed.wall_seconds for r in run.rounds),
                 "virtual_seconds": sum(r.virtual_seconds for r in run.rounds),
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +13,13 @@ from cloud_aggregator.reports import words
 from cloud_aggregator.reports.axes import bar_end, cut, name_rows, row_height
 from cloud_aggregator.reports.canvas import Chart, Key, colour, draw
 from cloud_aggregator.reports.round_lines import Lines, over_rounds
-from cloud_aggregator.reports.series import Track, best_first, mean_accuracy, mean_loss
+from cloud_aggregator.reports.series import (
+    Track,
+    best_first,
+    mean_accuracy,
+    mean_loss,
+    mean_others,
+)
 from cloud_aggregator.reports.stages import Curves
 from cloud_aggregator.reports.two_points import Ends, TwoPoints, two_points
 
@@ -39,7 +46,10 @@ def per_round(run: RunRecord, clients: Sequence[Track]) -> list[Chart]:
     """Return accuracy and loss over the rounds of a run of one stage."""
     accuracy = Curves(clients={t.id: t.accuracy for t in clients}, mean=mean_accuracy(run))
     loss = Curves(clients={t.id: t.loss for t in clients}, mean=mean_loss(run))
-    return [over_rounds(run, accuracy, ACCURACY), over_rounds(run, loss, LOSS)]
+    others = mean_others(run)
+    beside = ("the same models on other clients' data", others) if any(others[1:]) else None
+    shown = replace(ACCURACY, beside=beside)
+    return [over_rounds(run, accuracy, shown), over_rounds(run, loss, LOSS)]
 
 
 def before_and_after(clients: Sequence[Track]) -> Chart:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from cloud_aggregator.fairness import gap
 from cloud_aggregator.records import ClientBefore, ClientRound, RoundRecord, RunRecord
 from cloud_aggregator.summary import weighted_mean
 from messaging.protocol import DeviceRecord
@@ -31,6 +32,7 @@ class Track:
         device: What it said of itself; None if the record lacks it.
         accuracy: Before the first round, then after each; None where it was not measured.
         loss: Likewise.
+        others: Likewise, accuracy on held-out examples of other clients.
         rounds: Its part of each round that it was in.
     """
 
@@ -38,6 +40,7 @@ class Track:
     device: DeviceRecord | None
     accuracy: Values
     loss: Values
+    others: Values
     rounds: tuple[ClientRound, ...]
 
     @property
@@ -49,6 +52,16 @@ class Track:
     def after(self) -> float | None:
         """The latest accuracy after a round."""
         return last_of(self.accuracy)
+
+    @property
+    def beyond(self) -> float | None:
+        """The latest accuracy on other clients' examples."""
+        return last_of(self.others)
+
+    @property
+    def gap(self) -> float | None:
+        """Accuracy on its own examples less that on others', the latest."""
+        return gap(self.after, self.beyond)
 
     @property
     def change(self) -> float | None:
@@ -85,6 +98,7 @@ def tracks(run: RunRecord) -> list[Track]:
                 device=devices.get(name),
                 accuracy=tuple(_finite(p.eval_accuracy if p else None) for p in parts),
                 loss=tuple(_finite(p.eval_loss if p else None) for p in parts),
+                others=tuple(_finite(p.others_accuracy if p else None) for p in parts),
                 rounds=tuple(clients[name] for clients in rounds if name in clients),
             )
         )
@@ -108,6 +122,13 @@ def mean_accuracy(run: RunRecord) -> Values:
     weights = {device.id: device.held_out_examples for device in run.clients}
     before = weighted_mean([(c.eval_accuracy, weights.get(c.id, 0)) for c in run.before])
     return (before, *(_finite(r.global_.eval_accuracy) for r in run.rounds))
+
+
+def mean_others(run: RunRecord) -> Values:
+    """Return the accuracy on other clients' examples before the first round and after each."""
+    weights = {device.id: device.held_out_examples for device in run.clients}
+    before = weighted_mean([(c.others_accuracy, weights.get(c.id, 0)) for c in run.before])
+    return (before, *(_finite(r.global_.others_accuracy) for r in run.rounds))
 
 
 def mean_loss(run: RunRecord) -> Values:

@@ -110,6 +110,11 @@ def index(value: float | None) -> str:
     return "no update counted" if value is None else f"{value:.3f}"
 
 
+def evenness(value: float | None) -> str:
+    """Return Jain's index of accuracies: ``0.991``."""
+    return NOT_MEASURED if value is None else f"{value:.3f}"
+
+
 def priced(run: RunRecord) -> str:
     """Return at which shape costs are computed, if it is not the model's own; else nothing."""
     shape = run.model.priced

@@ -33,6 +33,7 @@ from edge_client.data.prompts import Encoded, encode_example, prompt
 from edge_client.descent import Moments
 from edge_client.inference.batched import Response, generate
 from edge_client.instruction_work import InstructionWork
+from edge_client.peft.packed_model import PackedModel
 from edge_client.policy import Policy
 from edge_client.progress import Interruption
 from edge_client.reward.judging import Judging
@@ -96,6 +97,16 @@ class AlignmentWork:
         """Return the state of a client that has not trained yet."""
         return self._instructions.begin(seed)
 
+    @property
+    def _model(self) -> PackedModel:
+        model = self._policy.model
+        if not isinstance(model, PackedModel):
+            raise InputError(
+                f"alignment needs the packed step of a GPT-2, and {model.base.identity.name} is "
+                "none; leave 'alignment' out of stages"
+            )
+        return model
+
     def train(self, task: Task, state: ClientState, states: GlobalStates) -> Trained:
         """Take the task's steps, each on a batch of responses; fewer where divergence is too large.
 
@@ -120,7 +131,7 @@ class AlignmentWork:
         reference = self._reference(state, states)  # a device that begins keeps it now
         measured = self._instructions.evaluate(task, state, states)
         asked = self._prompts(self._data.held_out_prompts[: settings.held_out_prompts], task)
-        model = self._policy.model
+        model = self._model
         answers = generate(
             model,
             asked,
@@ -147,7 +158,7 @@ class AlignmentWork:
         self, task: Task, state: ClientState, states: GlobalStates, reference: Vector
     ) -> Trained:
         settings = _settings(task)
-        model = self._policy.model
+        model = self._model
         heads = self._judging.heads(self._reward_tensors(states), self._objectives)
         critics: dict[str, Critic] = {
             name: Critic(
@@ -221,7 +232,7 @@ class AlignmentWork:
     def _train_on_pairs(
         self, task: Task, state: ClientState, states: GlobalStates, reference: Vector
     ) -> Trained:
-        model = self._policy.model
+        model = self._model
         descent = policy_descent(
             model,
             learning_rate=task.learning_rate,
@@ -272,7 +283,7 @@ class AlignmentWork:
         return Compared(objective=objective, chosen=chosen, rejected=rejected)
 
     def _encoded(self, pair: Pair, response: str, task: Task) -> Encoded:
-        base = self._policy.model.base
+        base = self._model.base
         example = Example(instruction=pair.instruction, input=pair.input, output=response)
         return encode_example(
             example, base.tokenizer, min(task.max_length, base.identity.positions)
@@ -300,7 +311,7 @@ class AlignmentWork:
         chooser = stream(task.seed, "prompts", *words)
         chosen = chooser.choice(len(prompts), wanted, replace=len(prompts) < wanted)
         asked = self._prompts([prompts[i] for i in np.repeat(chosen, samples)], task)
-        model = self._policy.model
+        model = self._model
         answers = generate(
             model,
             asked,
@@ -321,14 +332,14 @@ class AlignmentWork:
         return judged(
             asked,
             answers,
-            end_token=self._policy.model.base.end_token,
+            end_token=self._model.base.end_token,
             token_features=self._judging.trunk.token_features,
             scores={name: heads.score(name) for name in self._objectives},
         )
 
     def _prompts(self, prompts: Sequence[Prompt], task: Task) -> list[Tokens]:
         """Return prompts as tokens: the end of what is too long, as training cuts it."""
-        base = self._policy.model.base
+        base = self._model.base
         room = min(task.max_length, base.identity.positions) - _settings(task).max_new_tokens - 1
         if room < 1:
             raise InputError(
@@ -355,7 +366,7 @@ class AlignmentWork:
                 f"{self._store.folder}, and alignment has begun; start a new run"
             )
         self._policy.install(state, states.reference)
-        vector = self._policy.model.take_flat()
+        vector = self._model.take_flat()
         self._store.keep_reference(vector)
         return vector
 

@@ -51,6 +51,7 @@ class OwnData:
         held_out_pairs: To measure on.
         prompts: That alignment answers.
         held_out_prompts: That it is measured on.
+        others: Held-out examples of other clients, to measure on.
     """
 
     examples: list[Example]
@@ -59,6 +60,7 @@ class OwnData:
     held_out_pairs: dict[Objective, list[Pair]] = field(default_factory=dict)
     prompts: list[Prompt] = field(default_factory=list)
     held_out_prompts: list[Prompt] = field(default_factory=list)
+    others: list[Example] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,13 @@ class Preferences:
             for i in range(clients)
         ]
 
-    def own(self, places: Places, examples: list[Example], held_out: list[Example]) -> OwnData:
+    def own(
+        self,
+        places: Places,
+        examples: list[Example],
+        held_out: list[Example],
+        others: list[Example] | None = None,
+    ) -> OwnData:
         """Return what a client holds; its pairs' own prompts where no file of prompts is given."""
         pairs, apart = (
             {name: [self.sets[name].pairs[i] for i in chosen] for name, chosen in side.items()}
@@ -159,6 +167,7 @@ class Preferences:
             held_out_pairs=apart,
             prompts=asked,
             held_out_prompts=measured,
+            others=others or [],
         )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from device_profiles.modules import ADAPTER_SITES
 from edge_client.export.personal import Personal
+from edge_client.peft.tuned_model import TunedModel
 from messaging.layout import Tensors
 from quantization.base_model import Base
 
@@ -20,6 +21,25 @@ LORA_SCALE = 2.0
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _THIRDS = {"query": 0, "key": 1, "value": 2}
 _ADAPTERS = {"attention": "attn.adapter", "mlp": "mlp.adapter", "block": "adapter"}
+
+
+def plain_model(personal: Personal, base: Base) -> Any:
+    """Return the model of a family that is trained by peft: its modules on it, nothing merged.
+
+    Args:
+        personal: The parts.
+        base: The client's, in fp32; it is changed.
+    """
+    tuned = TunedModel(
+        base,
+        adapter_size=personal.adapter_size,
+        placement=personal.placement,
+        lora_count=personal.lora_count,
+        lora_rank=personal.lora_rank,
+    )
+    tuned.put(personal.tensors)
+    base.model.config.use_cache = True
+    return tuned.model
 
 
 def merged_model(personal: Personal, base: Base) -> Any:

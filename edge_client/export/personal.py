@@ -24,10 +24,10 @@ from device_profiles.modules import (
     lora_tensors,
 )
 from edge_client.export.run_files import find_client, finished_round, read_run
-from edge_client.state import ClientState, StateStore
+from edge_client.state import ClientState, StateStore, personal_copy
 from messaging.layout import Tensors
 from quantization.errors import BaseModelError
-from quantization.identity import BaseIdentity, identify
+from quantization.identity import BaseIdentity, identify, require_gpt2
 
 _ADAPTER = "adapters.0.attention.down.weight"
 _FACTOR = ".lora_A.weight"
@@ -108,13 +108,13 @@ def find_in_run(folder: Path, client: str, base: str | None = None) -> Personal:
         placement=str(record["placement"]),
         lora_count=count,
         lora_rank=int(record["lora_rank"]) if count else 0,
-        tensors=shared | state.personal,
+        tensors=shared | state.personal | personal_copy(state),
         precision=str(record.get("precision", "")),
         record=record,
         settings=run.settings,
         data_sha256=run.data_sha256,
     )
-    return _checked(personal, own=set(state.personal))
+    return _checked(personal, own=set(state.personal) | set(personal_copy(state)))
 
 
 def find_on_device(state_folder: Path, shared: Path | None, base: str) -> Personal:
@@ -139,6 +139,7 @@ def find_on_device(state_folder: Path, shared: Path | None, base: str) -> Person
         )
     tensors = _of_device(state, _read_tensors(shared) if shared is not None else {}, state_folder)
     identity = _identify(base, given=True)
+    require_gpt2(identity, "a model from a device's folder")
     factors = {n.removesuffix(_FACTOR): t for n, t in tensors.items() if n.endswith(_FACTOR)}
     placement = next(
         (p for p in PLACEMENTS if set(factors) <= {s.path for s in lora_sites(identity.shape, p)}),
@@ -165,7 +166,12 @@ def find_on_device(state_folder: Path, shared: Path | None, base: str) -> Person
 
 
 def _of_device(state: ClientState, shared: Tensors, folder: Path) -> Tensors:
-    """Return what the device trained: its moments name it, whoever holds the tensors."""
+    """Return what the device trained: its moments name it, whoever holds the tensors.
+
+    Where it keeps a copy of its own, that is its personal model, and nothing global is in it.
+    """
+    if copy := personal_copy(state):
+        return copy
     if shared and not state.first_moments:
         raise InputError(
             f"the newest state in {folder} is of a stage that has not trained the model yet "

@@ -21,6 +21,7 @@ from edge_client.export.card import write_card
 from edge_client.export.folder import MARK, check_place, new_folder, size_of
 from edge_client.export.personal import Personal
 from quantization.errors import MissingExtraError
+from quantization.identity import require_gpt2
 
 if TYPE_CHECKING:
     from edge_client.export.check import Check
@@ -102,6 +103,7 @@ def write_export(
     from edge_client.export.merge import merged_model
     from quantization.base_model import load_base
 
+    require_gpt2(personal.identity, "pwff export")
     notify("loading the base")
     base = load_base(personal.identity)
     text = held_out_text(personal, base.tokenizer)

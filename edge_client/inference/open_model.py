@@ -8,6 +8,7 @@ from typing import Any
 
 from device_profiles.config_files import choose
 from device_profiles.errors import InputError
+from device_profiles.families import GPT2
 from edge_client.inference.generation import LanguageModel, Speaker
 from edge_client.quiet import import_quietly
 from quantization.errors import BaseModelError, MissingExtraError
@@ -86,13 +87,14 @@ def _from_run(
 
     personal = find_in_run(run, client, base)
     _require_torch(threads)
-    from edge_client.export.merge import merged_model
+    from edge_client.export.merge import merged_model, plain_model
     from edge_client.inference.torch_model import TorchModel
     from quantization.base_model import load_base
 
-    loaded = load_base(personal.identity)
+    loaded, identity = load_base(personal.identity), personal.identity
+    put_together = merged_model if identity.shape.family == GPT2 else plain_model
     return Speaker(
-        model=TorchModel(merged_model(personal, loaded)),
+        model=TorchModel(put_together(personal, loaded), identity.positions),
         tokenizer=_plain(loaded.tokenizer.backend_tokenizer),
         end_tokens=frozenset([loaded.end_token]),
         title=f"{client} of {personal.run} after round {personal.round}, on torch",

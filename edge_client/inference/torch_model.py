@@ -22,14 +22,15 @@ class TorchModel:
     """A causal language model that reads tokens one after the other; batch of one.
 
     Args:
-        model: A ``GPT2LMHeadModel`` or a subclass.
+        model: A causal language model of transformers.
+        positions: How many tokens it can read; by default what a GPT-2's configuration says.
     """
 
     name = "torch"
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, positions: int | None = None) -> None:
         self._model = model.eval()
-        self.positions = int(model.config.n_positions)
+        self.positions = positions or int(model.config.n_positions)
         self.reset()
 
     def reset(self) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edge_client.peft.dropout import Masks
 from quantization.matrix import FrozenMatrix
 
 LORA_SCALE = 2.0  # alpha / rank
@@ -46,6 +47,7 @@ class Lora:
         a: Shape (R, inputs).
         b: Shape (outputs, R).
         columns: Those of the frozen projection's outputs that it adds to.
+        site: Its path; what its dropout is drawn for.
     """
 
     a: Tensor
@@ -53,6 +55,7 @@ class Lora:
     a_gradient: Tensor
     b_gradient: Tensor
     columns: slice
+    site: str = ""
 
 
 # -- bottleneck adapter ----------------------------------------------------------------------------
@@ -90,12 +93,16 @@ def adapter_backward(
 # -- frozen projection with LoRA -------------------------------------------------------------------
 
 
-def lora_forward(inputs: Tensor, modules: Sequence[Lora], out: Tensor) -> list[Tensor]:
+def lora_forward(
+    inputs: Tensor, modules: Sequence[Lora], out: Tensor, *, masks: Masks | None = None
+) -> list[Tensor]:
     """Add what LoRA modules add to a projection's ``out`` in place; return ``inputs A^T``s."""
     kept = []
-    for module in modules:
-        low = inputs @ module.a.t()  # (N, R)
-        out[:, module.columns].addmm_(low, module.b.t(), alpha=LORA_SCALE)
+    scale = LORA_SCALE if masks is None else LORA_SCALE * masks.scale
+    for i, module in enumerate(modules):
+        seen = inputs if masks is None else inputs * masks.kept[i]
+        low = seen @ module.a.t()  # (N, R)
+        out[:, module.columns].addmm_(low, module.b.t(), alpha=scale)
         kept.append(low)
     return kept
 
@@ -106,15 +113,21 @@ def lora_backward(
     kept: Sequence[Tensor],
     modules: Sequence[Lora],
     out: Tensor | None,
+    *,
+    masks: Masks | None = None,
 ) -> None:
     """Add the modules' share of the gradient of ``inputs`` to ``out`` in place, if it is wanted."""
-    for module, low in zip(modules, kept, strict=True):
+    scale = LORA_SCALE if masks is None else LORA_SCALE * masks.scale
+    for i, (module, low) in enumerate(zip(modules, kept, strict=True)):
         part = gradient[:, module.columns]  # (N, outputs)
         low_gradient = part @ module.b  # (N, R), before the scale
-        module.b_gradient.addmm_(part.t(), low, alpha=LORA_SCALE)
-        module.a_gradient.addmm_(low_gradient.t(), inputs, alpha=LORA_SCALE)
-        if out is not None:
-            out.addmm_(low_gradient, module.a, alpha=LORA_SCALE)
+        seen = inputs if masks is None else inputs * masks.kept[i]
+        module.b_gradient.addmm_(part.t(), low, alpha=scale)
+        module.a_gradient.addmm_(low_gradient.t(), seen, alpha=scale)
+        if out is not None and masks is None:
+            out.addmm_(low_gradient, module.a, alpha=scale)
+        elif out is not None and masks is not None:
+            out.addcmul_(low_gradient @ module.a, masks.kept[i].to(out.dtype), value=scale)
 
 
 # -- activation ------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from device_profiles.modules import (
 from device_profiles.modules import lora_rank as check_lora_rank
 from edge_client.data.packing import Packed
 from edge_client.peft.attention import Group, plan_attention
+from edge_client.peft.dropout import LoraDropout
 from edge_client.peft.flat_state import FlatState, named
 from edge_client.peft.functions import cross_entropy, score
 from edge_client.peft.packed_network import (
@@ -49,6 +50,7 @@ class Trace:
         scale: What that norm found: means and inverse deviations.
         kept: What each block keeps; or
         inputs: what each block was given.
+        drop: Dropout on what LoRA was given.
     """
 
     hidden: Tensor
@@ -58,6 +60,7 @@ class Trace:
     scale: tuple[Tensor, Tensor]
     kept: list[Kept]
     inputs: list[Tensor]
+    drop: LoraDropout | None = None
 
 
 class PackedModel:
@@ -177,14 +180,17 @@ class PackedModel:
     # -- passes ------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def forward(self, batch: Packed, *, checkpoint: bool = False) -> Trace:
+    def forward(
+        self, batch: Packed, *, checkpoint: bool = False, drop: LoraDropout | None = None
+    ) -> Trace:
         """Return the last hidden states at the batch's places, with what ``backward`` needs.
 
         Args:
             batch: On this model's device.
             checkpoint: Keep a block's input only, and compute the block again on the way back.
+            drop: Dropout on what LoRA is given; rows that examples share have one mask.
         """
-        return self._forward(batch, "inputs" if checkpoint else "all")
+        return self._forward(batch, "inputs" if checkpoint else "all", drop)
 
     @torch.no_grad()
     def backward(self, trace: Trace, gradient: Tensor, *, add: bool = False) -> None:
@@ -207,12 +213,21 @@ class PackedModel:
             if trace.kept:
                 kept = trace.kept.pop()
             else:
-                kept = block_forward(block, trace.inputs.pop(), trace.groups, places)[1]
+                again = block_forward(
+                    block, trace.inputs.pop(), trace.groups, places, drop=trace.drop
+                )
+                kept = again[1]
             outward = block_backward(block, outward, kept, trace.groups, places, lowest=i == lowest)
 
     @torch.inference_mode()
     def loss_gradient(
-        self, batch: Packed, *, weight: float, add: bool = False, checkpoint: bool = False
+        self,
+        batch: Packed,
+        *,
+        weight: float,
+        add: bool = False,
+        checkpoint: bool = False,
+        drop: LoraDropout | None = None,
     ) -> Tensor:
         """Return the summed loss of a batch, nats, and leave ``weight`` times its gradient.
 
@@ -221,8 +236,9 @@ class PackedModel:
             weight: One over the response tokens that the loss is the mean of.
             add: Add to the gradient that is there instead of replacing it.
             checkpoint: Keep a block's input only, and compute the block again on the way back.
+            drop: Dropout on what LoRA is given.
         """
-        trace = self.forward(batch, checkpoint=checkpoint)
+        trace = self.forward(batch, checkpoint=checkpoint, drop=drop)
         embedding = self.base.weights.embedding
         loss, gradient = cross_entropy(trace.hidden, batch.targets, embedding, weight)
         self.backward(trace, gradient, add=add)
@@ -242,7 +258,12 @@ class PackedModel:
         """Return the summed loss of a batch, nats, and how many targets it predicts (argmax)."""
         return score(self.hidden(batch), batch.targets, self.base.weights.embedding)
 
-    def _forward(self, batch: Packed, keep: Literal["all", "inputs", "nothing"]) -> Trace:
+    def _forward(
+        self,
+        batch: Packed,
+        keep: Literal["all", "inputs", "nothing"],
+        drop: LoraDropout | None = None,
+    ) -> Trace:
         weights = self.base.weights
         size = weights.positions.shape[1] // weights.heads
         dtype = weights.positions.dtype
@@ -254,7 +275,7 @@ class PackedModel:
             if keep == "inputs" and i >= lowest:
                 inputs.append(hidden)
             places, all_of_it = self._places(i, batch), keep == "all" and i >= lowest
-            hidden, held = block_forward(block, hidden, groups, places, keep=all_of_it)
+            hidden, held = block_forward(block, hidden, groups, places, keep=all_of_it, drop=drop)
             if all_of_it:
                 kept.append(held)
         normal, *scale = norm_forward(hidden, weights.ln_f, weights.epsilon)
@@ -266,6 +287,7 @@ class PackedModel:
             scale=(scale[0], scale[1]),
             kept=kept,
             inputs=inputs,
+            drop=drop,
         )
 
     def _lowest(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from edge_client.peft.attention import Group, attention_backward, attention_forward
+from edge_client.peft.dropout import LoraDropout, Masks
 from edge_client.peft.functions import (
     adapter_backward,
     adapter_forward,
@@ -35,6 +36,7 @@ class Kept:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     attention: list[Tensor] = field(default_factory=list)
     lora: dict[str, list[Tensor]] = field(default_factory=dict)
+    masks: dict[str, Masks] = field(default_factory=dict)
 
 
 def block_forward(
@@ -44,24 +46,27 @@ def block_forward(
     places: Tensor | None,
     *,
     keep: bool = True,
+    drop: LoraDropout | None = None,
 ) -> tuple[Tensor, Kept]:
     """Return a block's output at ``places`` (everywhere for none), and what backward needs.
 
     Shape (N, D) -> (P, D).
     """
     kept = Kept()
-    joint = project(block, inputs, kept)
+    joint = project(block, inputs, kept, drop)
     mixed, kept.attention = attention_forward(joint, groups, block.heads)
     hidden = inputs
     if places is not None:  # nothing else of the last block is looked at
         mixed, hidden = mixed[places], inputs[places]
-    hidden = finish(block, hidden, mixed, kept, slope=keep)
+    hidden = finish(block, hidden, mixed, kept, slope=keep, drop=drop)
     if keep:
         kept.tensors["joint"] = joint
     return hidden, kept
 
 
-def project(block: TunedBlock, inputs: Tensor, kept: Kept) -> Tensor:
+def project(
+    block: TunedBlock, inputs: Tensor, kept: Kept, drop: LoraDropout | None = None
+) -> Tensor:
     """Return query, key and value side by side: a block up to its attention.
 
     Shape (N, D) -> (N, 3 D).
@@ -69,11 +74,19 @@ def project(block: TunedBlock, inputs: Tensor, kept: Kept) -> Tensor:
     frozen = block.frozen
     normal = _norm(inputs, frozen.ln_1, block.epsilon, "ln_1", kept.tensors)
     joint = frozen.qkv.matrix.times(normal, frozen.qkv.bias)
-    _add_lora(block, "qkv", normal, joint, kept)
+    _add_lora(block, "qkv", normal, joint, kept, drop=drop)
     return joint
 
 
-def finish(block: TunedBlock, inputs: Tensor, mixed: Tensor, kept: Kept, *, slope: bool) -> Tensor:
+def finish(
+    block: TunedBlock,
+    inputs: Tensor,
+    mixed: Tensor,
+    kept: Kept,
+    *,
+    slope: bool,
+    drop: LoraDropout | None = None,
+) -> Tensor:
     """Return a block's output: all that follows its attention.
 
     Args:
@@ -82,6 +95,7 @@ def finish(block: TunedBlock, inputs: Tensor, mixed: Tensor, kept: Kept, *, slop
         mixed: What attention gave, its heads side by side. Shape (P, D).
         kept: Added to.
         slope: Whether to keep the slope of the activation, for a backward pass.
+        drop: Dropout on what LoRA is given; none leaves nothing out.
 
     Returns:
         Shape (P, D).
@@ -92,10 +106,10 @@ def finish(block: TunedBlock, inputs: Tensor, mixed: Tensor, kept: Kept, *, slop
     _add_adapter(block, "attention", attended, hidden, hold)
     normal = _norm(hidden, frozen.ln_2, block.epsilon, "ln_2", hold)
     inner = frozen.mlp_in.matrix.times(normal, frozen.mlp_in.bias)
-    _add_lora(block, "mlp_in", normal, inner, kept)
+    _add_lora(block, "mlp_in", normal, inner, kept, drop=drop)
     active, slopes = gelu_forward(inner, block.gelu, slope=slope)
     changed = frozen.mlp_out.matrix.times(active, frozen.mlp_out.bias)
-    _add_lora(block, "mlp_out", active, changed, kept)
+    _add_lora(block, "mlp_out", active, changed, kept, drop=drop)
     if slopes is not None:
         hold["slope"] = slopes
     hidden = hidden + changed
@@ -189,11 +203,22 @@ def _norm_backward(gradient: Tensor, norm: Norm, name: str, hold: dict[str, Tens
     return norm_backward(gradient, inputs, mean, inverse, norm)
 
 
-def _add_lora(block: TunedBlock, place: str, inputs: Tensor, out: Tensor, kept: Kept) -> None:
+def _add_lora(
+    block: TunedBlock,
+    place: str,
+    inputs: Tensor,
+    out: Tensor,
+    kept: Kept,
+    *,
+    drop: LoraDropout | None,
+) -> None:
     if modules := block.lora.get(place):
         if place not in _NORMS:
             kept.tensors[place] = inputs
-        kept.lora[place] = lora_forward(inputs, modules, out)
+        if drop is not None:
+            drawn = [drop.kept(module.site, inputs.shape, inputs.device) for module in modules]
+            kept.masks[place] = Masks(kept=drawn, scale=drop.scale)
+        kept.lora[place] = lora_forward(inputs, modules, out, masks=kept.masks.get(place))
 
 
 def _lora_backward(
@@ -205,7 +230,8 @@ def _lora_backward(
             inputs = norm_forward(kept.tensors[f"{name}.inputs"], norm, block.epsilon)[0]
         else:
             inputs = kept.tensors[place]
-        lora_backward(gradient, inputs, kept.lora[place], modules, out)
+        masks = kept.masks.get(place)
+        lora_backward(gradient, inputs, kept.lora[place], modules, out, masks=masks)
 
 
 def _add_adapter(

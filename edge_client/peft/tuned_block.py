@@ -91,6 +91,13 @@ def _lora_by_block(sites: Sequence[LoraSite], views: Views) -> dict[int, dict[st
             columns = slice(third * site.outputs, (third + 1) * site.outputs)
         a, a_gradient = views[f"{site.path}.lora_A.weight"]
         b, b_gradient = views[f"{site.path}.lora_B.weight"]
-        module = Lora(a=a, b=b, a_gradient=a_gradient, b_gradient=b_gradient, columns=columns)
+        module = Lora(
+            a=a,
+            b=b,
+            a_gradient=a_gradient,
+            b_gradient=b_gradient,
+            columns=columns,
+            site=site.path,
+        )
         blocks[int(number)][place].append(module)
     return {number: dict(places) for number, places in blocks.items()}

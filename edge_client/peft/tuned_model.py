@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from device_profiles.errors import InputError
+from device_profiles.families import FAMILIES
 from device_profiles.modules import (
     ADAPTER_SITES,
     LoraSite,
@@ -23,6 +24,7 @@ from device_profiles.modules import (
 )
 from device_profiles.modules import lora_rank as check_lora_rank
 from edge_client.peft.bottleneck import BottleneckAdapter
+from edge_client.peft.dropout import LoraDropout
 from messaging.layout import Tensors
 from quantization.base_model import Base, split_attention
 
@@ -61,6 +63,11 @@ class TunedModel:
         if self._sites:
             _add_lora(self.model, self._sites, lora_rank)
         self._lora = {site.path: self.model.get_submodule(site.path) for site in self._sites}
+        #: Dropout on what LoRA modules are given; none leaves nothing out.
+        self.drop: LoraDropout | None = None
+        for path, module in self._lora.items():
+            dropouts: Any = module.lora_dropout
+            dropouts[_PEFT_NAME] = _SiteDropout(self, path)
         self.model.eval()  # dropout stays off; gradients do not need training mode
         self._active: dict[str, nn.Parameter] = {}
         self.activate(lora_count)
@@ -116,22 +123,36 @@ class TunedModel:
 
         With causal attention, what is right of a token cannot reach it, so no mask is needed.
         """
-        states: torch.Tensor = self.model.transformer(input_ids=tokens).last_hidden_state
+        states: torch.Tensor = self.model.base_model(input_ids=tokens).last_hidden_state
         return states
 
     def logits_at(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Return next-token logits at the chosen places only. Shapes (B, T), (B, T) -> (N, V)."""
         chosen = self.hidden(tokens)[places]  # (N, D)
-        logits: torch.Tensor = self.model.lm_head(chosen)
+        logits: torch.Tensor = self.model.get_output_embeddings()(chosen)
         return logits
+
+
+class _SiteDropout(nn.Module):
+    """peft's dropout of one module, with the masks that the model's ``drop`` says."""
+
+    def __init__(self, owner: TunedModel, site: str) -> None:
+        super().__init__()
+        self._owner, self._site = owner, site
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        drop = self._owner.drop
+        if drop is None:
+            return inputs
+        return inputs * drop.kept(self._site, inputs.shape, inputs.device) * drop.scale
 
 
 def _add_adapters(base: Base, size: int) -> dict[str, BottleneckAdapter]:
     """Register adapters on the model, and a hook at each site that applies one."""
     adapters: dict[str, BottleneckAdapter] = {}
-    width = base.identity.shape.width
-    for i, block in enumerate(base.model.transformer.h):
-        places = {"attention": block.attn, "mlp": block.mlp, "block": block}
+    width, family = base.identity.shape.width, FAMILIES[base.identity.shape.family]
+    for i, block in enumerate(base.model.get_submodule(family.blocks)):
+        places = {"attention": getattr(block, family.attention), "mlp": block.mlp, "block": block}
         for site in ADAPTER_SITES:
             adapter = BottleneckAdapter(width, size)
             block.add_module(f"adapter_{site}", adapter)

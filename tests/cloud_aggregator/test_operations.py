@@ -7,6 +7,7 @@ import logging
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cloud_aggregator.door import DoorLimits
 from cloud_aggregator.inbox import Inbox
+from cloud_aggregator.metrics import CountedNetwork, Metrics
 from cloud_aggregator.server import Aggregator
 from cloud_aggregator.service import LimitsSection, Service, load_service, serve
 from device_profiles.errors import InputError
@@ -21,6 +23,7 @@ from messaging.broker import HOST, free_port
 from messaging.errors import SecretError
 from messaging.key_files import RunKeys
 from messaging.secret_files import write_new
+from messaging.transport import is_connected, largest_packet
 from tests.cloud_aggregator.conftest import Clock, Puppet, Stage, settings_of
 from tests.cloud_aggregator.test_service import (  # noqa: F401 - a fixture
     a_service,
@@ -90,7 +93,6 @@ def test_an_inbox_knows_when_it_last_ticked() -> None:
 
 def test_each_refusal_is_counted_by_its_code(checkpoint: Path) -> None:  # noqa: F811
     service = a_service(checkpoint)
-    seen: list[float] = []
 
     def refuse(server: Aggregator) -> None:
         server._desk.received("pwff/v1/trial/c/a/up/control", b"{")
@@ -102,14 +104,11 @@ def test_each_refusal_is_counted_by_its_code(checkpoint: Path) -> None:  # noqa:
     serve(service, notify=lambda event, **f: told.append((event, f)), on_start=refuse)
     refused = [(f["client"], f["code"], f.get("count", 1)) for e, f in told if e == "refused"]
     assert refused == [("a", "schema", 1), ("", "identity", 1)]
-    del seen
     lines = (service.out / "metrics.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["event"] == "refused" for line in lines) == 2
 
 
 def test_what_is_refused_together_is_counted_as_so_many() -> None:
-    from cloud_aggregator.metrics import Metrics
-
     metrics = Metrics("trial", "pwff")
     metrics("refused", client="", code="rate", reason="", count=40)
     metrics("refused", client="a", code="rate", reason="")
@@ -181,3 +180,35 @@ def test_a_mistake_in_what_guards_a_run_is_told(lines: str, words: str, tmp_path
 def test_the_limits_of_a_file_are_those_of_the_door() -> None:
     assert LimitsSection().door == DoorLimits()
     assert Service.model_fields["limits"].default == LimitsSection()
+
+
+class _Line:
+    """A transport that says what it takes, and whether it stands."""
+
+    largest_packet = 65_536
+
+    def __init__(self, *, stands: bool) -> None:
+        self._stands = stands
+
+    def start(self) -> None:
+        """Connect."""
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """Send nothing."""
+
+    def close(self) -> None:
+        """Leave."""
+
+    def is_connected(self) -> bool:
+        """Return what the test says."""
+        return self._stands
+
+
+@pytest.mark.parametrize("stands", [True, False])
+def test_a_counted_connection_says_what_the_connection_says(stands: bool) -> None:
+    network: Any = SimpleNamespace(open=lambda **_options: _Line(stands=stands))
+    counted = CountedNetwork(network, Metrics("trial", "pwff")).open(
+        client_id="c", filters=[], deliver=lambda *_: None, connected=lambda: None
+    )
+    assert is_connected(counted) == stands
+    assert largest_packet(counted) == 65_536

@@ -95,6 +95,8 @@ def test_the_summary_of_a_run_by_hand() -> None:
         eval_accuracy_before=0.4375,  # (0.25 + 3*0.5) / 4
         eval_accuracy_after=0.5,  # (0.125 + 3*0.625) / 4
         worst_client_accuracy=0.125,
+        worst_decile_accuracy=0.125,  # a tenth of two clients is one
+        accuracy_fairness=0.5625 / 0.8125,  # (0.75)**2 / (2 * (1/64 + 25/64))
         clients_improved=1,  # b
         mean_uplink_seconds=4.0,  # (2 + 4 + 6) / 3: the lost client sent nothing
         mean_uplink_joules=7.0,

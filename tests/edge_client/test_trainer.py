@@ -20,6 +20,7 @@ from edge_client.peft.flat_state import named
 from edge_client.peft.packed_model import PackedModel
 from edge_client.peft.packed_network import block_forward
 from edge_client.peft.tuned_model import TunedModel
+from edge_client.restraint import Restraint
 from edge_client.state import ClientState
 from edge_client.trainer import Training, evaluate, train
 from messaging.layout import Tensors
@@ -507,3 +508,21 @@ def test_training_that_diverges_is_stopped_with_a_sentence(
         )
     with pytest.raises(InputError, match="the held-out loss is nan: training diverged"):
         evaluate(model, examples)
+
+
+def test_dropout_trains_another_way_to_the_same_bits_each_time_and_never_measures(
+    make: Make, identity: BaseIdentity, examples: list[Encoded]
+) -> None:
+    model = make(12)
+    results = []
+    for share in (0.0, 0.5, 0.5):
+        begin(model, identity, 12)
+        restraint = Restraint(lora_dropout=share)
+        before = evaluate(model, examples)
+        done = take_steps(model, examples, restraint=restraint)  # type: ignore[arg-type]
+        begin(model, identity, 12)
+        assert evaluate(model, examples) == before
+        results.append(done.tensors)
+    free, first, again = results
+    assert same(first, again)
+    assert not same(free, first)

@@ -232,7 +232,7 @@ def header(entries: object) -> bytes:
         (write("config.json", b"\xff\xfe\x00"), r"has no readable config\.json"),
         (write("config.json", b"7"), r"has no readable config\.json"),
         (write("config.json", b"[]"), "holds a 'None'"),
-        (lambda f: configure(f, model_type="llama"), "holds a 'llama'; this version tunes GPT-2"),
+        (lambda f: configure(f, model_type="mamba"), "holds a 'mamba'; this version tunes GPT-2"),
         (lambda f: configure(f, n_layer=0), r"config\.json: n_layer = 0; a whole number"),
         (lambda f: configure(f, n_embd="16"), r"config\.json: n_embd = '16'; a whole number"),
         (lambda f: configure(f, n_positions=None), r"config\.json: n_positions = None"),

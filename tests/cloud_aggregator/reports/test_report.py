@@ -16,6 +16,7 @@ import pytest
 from cloud_aggregator.records import ClientBefore, ClientRound, RunRecord
 from cloud_aggregator.reports import build_report, canvas, write_report
 from cloud_aggregator.run_folder import RunFolder
+from cloud_aggregator.summary import summarise
 from device_profiles.errors import InputError
 
 MakeRun = Callable[..., RunRecord]
@@ -231,3 +232,20 @@ def test_a_browser_shows_the_page_without_complaint(make_run: MakeRun, tmp_path:
     assert "rose for 2 of 2 clients: 30.0 % → 40.0 % (+10.0 points, example-weighted)" in text
     assert shown.stdout.count("<svg ") == 11
     assert "CONSOLE" not in shown.stderr
+
+
+def test_the_page_has_the_gap_to_other_clients_data_where_it_was_measured(
+    make_run: MakeRun, read: Read
+) -> None:
+    run = make_run({"a": [0.2, 0.4], "b": [0.2, 0.3]})
+    plain = read(run).text
+    assert "On others' data" not in plain
+    for client in run.rounds[0].clients:
+        client.others_accuracy = 0.25
+    run.rounds[0].global_.others_accuracy = 0.25
+    run.summary = summarise(run)
+    text = re.sub(r"\s+", " ", read(run).text)
+    assert "On others' data gap, points" in text
+    assert "the personal models have 25.0 %: the gap to their own is +10.0 points" in text
+    assert "the same models on other clients' data (25.0 %)" in text.replace("\u00a0", " ")
+    assert "The lowest tenth of the clients has 30.0 % on average" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from device_profiles.errors import InputError
 from edge_client.export.personal import find_in_run, find_on_device
+from edge_client.state import StateStore
 from messaging.layout import Tensors
 from tests.conftest import write_checkpoint
 from tests.edge_client.export.conftest import (
@@ -195,3 +197,16 @@ def test_on_a_device_another_base_is_told_by_the_shapes(make_run: MakeRun, tmp_p
 def test_on_a_device_a_folder_without_a_state_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no state"):
         find_on_device(tmp_path, None, "mini")
+
+
+def test_a_copy_that_is_kept_apart_is_the_personal_model_wherever_it_is_looked_for(
+    make_run: MakeRun, trained: Trained, tiny_checkpoint: Path
+) -> None:
+    run = make_run()
+    copy = {n: 3 * t for n, t in trained().items()}
+    store = StateStore(run / "clients" / CLIENT)
+    kept = store.load(ROUND)
+    store.save(dataclasses.replace(kept, extra={f"ditto/{n}": t for n, t in copy.items()}))
+    assert same(find_in_run(run, CLIENT).tensors, copy)
+    on_device = find_on_device(run / "clients" / CLIENT, None, str(tiny_checkpoint))
+    assert same(on_device.tensors, copy)

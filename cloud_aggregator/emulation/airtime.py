@@ -1,0 +1,146 @@
+"""What an upload of each stage takes on the air, in words, before the run starts.
+
+Priced by the same channel model as the run, over its devices' own links and at its priced shape; a
+mean of seeded draws, so the run's own draws differ. Bytes are those of the codes, without headers.
+Of a reward model the heads travel. What it would take to send more is said beside it, so that the
+choice is seen before it is paid for: the trunk's adapters, or the whole trunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import numpy as np
+
+from cloud_aggregator.emulation.fleet import FleetPlan
+from cloud_aggregator.experiment import Experiment
+from cloud_aggregator.progress import human_bytes
+from device_profiles.channel import upload_seconds
+from device_profiles.methods import Kind, Method, ModuleShape, find_method
+from device_profiles.modules import NamedShape, adapter_tensors
+from device_profiles.seeds import stream
+from edge_client.costs import own_layout, stage_layout
+from edge_client.device_record import link_of
+from messaging.chunks import wire_bytes
+from messaging.codecs import CODECS
+from messaging.layout import Layout
+from messaging.protocol import DeviceRecord, Stage
+from quantization.identity import BaseIdentity
+
+_MOST_LINKS = 16  # devices whose links are drawn from; more change a mean by little
+_TITLES: dict[Stage, str] = {
+    "instruction": "instruction tuning",
+    "reward": "reward learning",
+    "alignment": "alignment",
+}
+_KINDS: dict[tuple[Kind, ...], str] = {
+    ("adapters",): "the adapters",
+    ("lora",): "the LoRA modules",
+    ("adapters", "lora"): "adapters and LoRA modules",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """A mean upload: bytes, and seconds on the air."""
+
+    bytes: float
+    seconds: float
+
+    @property
+    def words(self) -> str:
+        """For a person: ``25.3 kB, about 0.9 s on the air``."""
+        return f"{human_bytes(self.bytes)}, about {_duration(self.seconds)} on the air"
+
+
+def airtime_lines(experiment: Experiment, identity: BaseIdentity, fleet: FleetPlan) -> list[str]:
+    """Return one sentence a stage; nothing of a stage in which nothing travels."""
+    method, modules = find_method(experiment.method), _priced_modules(fleet)
+    devices = [client.device for client in fleet.clients]
+    lines = []
+    for stage in experiment.stage_names:
+        layout = stage_layout(stage, method, modules)
+        if not layout.size:
+            continue
+        sent = _mean(experiment, devices, layout, stage)
+        kinds = "the heads" if stage == "reward" else _KINDS[method.shared]
+        line = (
+            f"Of {_TITLES[stage]}, {kinds} travel: an upload is {sent.words} "
+            f"(modelled, {experiment.codec})"
+        )
+        if stage == "reward":
+            line += _beyond(experiment, devices, method, modules, _parameters(identity, fleet))
+        lines.append(f"{line}.")
+    return lines
+
+
+def _beyond(
+    experiment: Experiment,
+    devices: Sequence[DeviceRecord],
+    method: Method,
+    modules: ModuleShape,
+    parameters: int,
+) -> str:
+    """Return what more than the heads would take."""
+    heads = stage_layout("reward", method, modules)
+    adapters = Layout.of(adapter_tensors(modules.base, modules.adapter_size))
+    # the trunk's weights, as so many entries of one tensor
+    trunk = Layout.of([NamedShape(name="trunk", shape=(parameters,), bottleneck_axis=None)])
+    more = [
+        _mean(experiment, devices, heads, "reward", beside=extra) for extra in (adapters, trunk)
+    ]
+    return (
+        f"; with adapters on the trunk it would be {more[0].words}, and with the whole trunk "
+        f"{more[1].words}: neither is sent"
+    )
+
+
+def _mean(
+    experiment: Experiment,
+    devices: Sequence[DeviceRecord],
+    layout: Layout,
+    stage: Stage,
+    beside: Layout | None = None,
+) -> Upload:
+    """Return a mean upload over the first devices; each sends what of the layout it holds."""
+    sizes, seconds = [], []
+    for device in devices[:_MOST_LINKS]:
+        size = _code_bytes(own_layout(layout, device.lora_count), experiment.codec)
+        size += _code_bytes(beside, experiment.codec) if beside is not None else 0
+        bits = 8 * wire_bytes(size, experiment.chunk_bytes)
+        generator = stream(experiment.seed, "airtime", stage, device.id)
+        sizes.append(size)
+        seconds.append(_seconds(bits, device, generator))
+    return Upload(bytes=fmean(sizes), seconds=fmean(seconds))
+
+
+def _seconds(bits: float, device: DeviceRecord, generator: np.random.Generator) -> float:
+    """Return the airtime of so many bits; a long upload is a short one, so many times over."""
+    times = max(1.0, bits / 1e8)  # the mean rate of fading has long been reached by then
+    return times * upload_seconds(bits / times, link_of(device), generator)
+
+
+def _code_bytes(layout: Layout, codec: str) -> int:
+    arrays = CODECS[codec].arrays(layout).values()
+    return sum(np.dtype(kind).itemsize * math.prod(shape) for kind, shape in arrays)
+
+
+def _priced_modules(fleet: FleetPlan) -> ModuleShape:
+    if fleet.priced is None:
+        return fleet.modules
+    return replace(fleet.modules, base=fleet.priced.base, lora_rank=fleet.priced.lora_rank)
+
+
+def _parameters(identity: BaseIdentity, fleet: FleetPlan) -> int:
+    return identity.parameters if fleet.priced is None else fleet.priced.parameters
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

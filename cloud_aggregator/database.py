@@ -155,6 +155,7 @@ def _engine(address: sa.URL) -> sa.Engine:
         ) from None
     if address.get_backend_name() == "sqlite":
         sa.event.listen(engine, "connect", _make_durable)
+        sa.event.listen(engine, "begin", _begin)
     return engine
 
 
@@ -166,3 +167,10 @@ def _make_durable(connection: Any, _record: object) -> None:
         "secure_delete=ON",
     ):
         connection.execute(f"PRAGMA {pragma}")
+    # Python's driver would commit before each CREATE TABLE: tables are made all or none, as on a
+    # server, only where it leaves transactions alone.
+    connection.isolation_level = None
+
+
+def _begin(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
+
 from cloud_aggregator.server import Aggregator
 from cloud_aggregator.service import Service, serve
+from cloud_aggregator.store import Store
 from tests.faults.base import ADAPTER_SIZE, CHUNK_BYTES, LORA_RANK, PLACEMENT, RUN
 from tests.faults.processes import Line, on_terminate, set_calendar
 
@@ -72,3 +75,19 @@ def aggregate(
         Service(**{**settings, **changes}), notify=line.tell, on_start=start, clock=clock
     )
     return {"status": record.status}
+
+
+def open_store(line: Line, *, folder: Path) -> dict[str, Any]:
+    """Open a run's store, and close it.
+
+    Args:
+        line: Told of each statement that has been done (``statement``).
+        folder: Of the run.
+    """
+
+    def done(*_: object) -> None:
+        line.tell("statement")
+
+    sa.event.listen(sa.Engine, "after_cursor_execute", done)
+    with Store(folder, RUN) as store:
+        return {"epoch": store.epoch}

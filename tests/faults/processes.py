@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LIMIT = 30.0  # seconds after which a test gives up
-PRELOADED = ["tests.faults.cloud", "tests.faults.device"]
+PRELOADED = ["alembic.command", "tests.faults.cloud", "tests.faults.device"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 
-from tests.faults.base import CHUNKS
+from messaging import topics
+from messaging.chunks import Missing
+from messaging.protocol import Grant, decode
+from tests.faults.base import CHUNKS, RUN
+from tests.faults.cloud import open_store
+from tests.faults.intruder import Intruder
 from tests.faults.play import DEVICES, Play
-from tests.faults.processes import Hold, at, wait_for_files
+from tests.faults.processes import Actor, Hold, at, wait_for_files
 
 pytestmark = pytest.mark.faults
 
@@ -53,12 +60,38 @@ def test_an_aggregator_killed_in_the_middle_of_uploads_keeps_the_chunks_that_it_
     parts = play.out / "spool" / "1"
     wait_for_files(lambda: [sum(p.read_bytes()[-CHUNKS:]) for p in parts.glob("*.have")], [4] * 3)
     doomed.kill()
+    witness = Intruder(play.broker.url)
     again = play.cloud(codec="fp32")
     for device in devices.values():
         device.let_go()
+    for name in DEVICES:
+        _, packet = witness.wait_for(partial(_is_grant, topics.down(RUN, name)))
+        grant = decode(packet[packet.index(b"{") :])
+        assert isinstance(grant, Grant)
+        assert not Missing.from_bitmap(grant.missing, CHUNKS).indices & {0, 1, 2, 3}
+    witness.close()
     play.finish(again, *devices.values())
     assert play.accepted == [list(DEVICES)] * 2
     assert play.states == undisturbed(codec="fp32")
+
+
+def _is_grant(topic: str, heard_on: str, payload: bytes) -> bool:
+    return heard_on == topic and b'"GRANT"' in payload
+
+
+def test_an_aggregator_killed_at_any_statement_while_it_makes_its_store_makes_it_whole(
+    tmp_path: Path,
+) -> None:
+    whole = Actor("store", open_store, folder=tmp_path / "whole")
+    assert whole.finish() == {"epoch": 1}
+    statements = whole.count("statement")
+    assert statements > 4  # there are four tables
+    for number in range(1, statements + 1):
+        folder = tmp_path / str(number)
+        doomed = Actor("store", open_store, hold=at("statement", times=number), folder=folder)
+        doomed.wait_held()
+        doomed.kill()
+        assert Actor("store", open_store, folder=folder).finish() == {"epoch": 1}
 
 
 def test_an_aggregator_that_is_told_to_leave_goes_on_where_it_was(

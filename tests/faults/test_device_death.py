@@ -48,6 +48,22 @@ def test_a_device_killed_while_it_uploads_sends_the_update_that_it_kept(
     assert play.states == undisturbed()
 
 
+def test_a_device_that_lost_the_update_that_it_kept_trains_to_the_same_bits(
+    play: Play, undisturbed: Undisturbed
+) -> None:
+    # Its state is already that of after the round: it goes back to the one before.
+    cloud, others = play.cloud(), play.others("pi-1")
+    doomed = play.device("pi-1", hold=at("offered", times=2))
+    doomed.wait_held()
+    doomed.kill()
+    (play.device_folder("pi-1") / "update-outgoing").unlink()
+    again = play.device("pi-1")
+    play.finish(cloud, again, *others.values())
+    assert again.count("step", round=2) == 3
+    assert play.accepted == [list(DEVICES)] * 2
+    assert play.states == undisturbed()
+
+
 def test_a_device_killed_while_it_waits_for_others_is_no_loss(
     play: Play, undisturbed: Undisturbed
 ) -> None:
@@ -67,7 +83,7 @@ def test_a_device_killed_while_it_waits_for_others_is_no_loss(
     assert play.states == undisturbed()
 
 
-def test_a_device_killed_before_it_heard_that_its_update_is_in_is_asked_no_more(
+def test_a_device_killed_before_it_heard_that_its_update_is_in_gives_no_other(
     play: Play, undisturbed: Undisturbed
 ) -> None:
     cloud = play.cloud(hold=at("update", client="pi-1", round=1))  # on disk, DONE not said

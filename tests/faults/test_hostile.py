@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,9 +89,13 @@ def test_what_is_of_another_run_is_refused(
     assert play.states == undisturbed()
 
 
+@pytest.mark.parametrize(
+    ("sealed", "code"), [(False, "late"), (True, "replay")], ids=["plain", "sealed"]
+)
 def test_a_round_that_is_over_cannot_be_said_again(
-    play: Play, intruder: Intruder, undisturbed: Undisturbed
+    sealed: bool, code: str, play: Play, intruder: Intruder, undisturbed: Undisturbed
 ) -> None:
+    play.sealed = sealed
     cloud, others = play.cloud(), play.others("pi-1")
     held = play.device("pi-1", hold=at("step", round=2, step=1))
     held.wait_held()
@@ -101,7 +104,7 @@ def test_a_round_that_is_over_cannot_be_said_again(
     for topic, payload in over:
         intruder.publish(topic, payload)
     intruder.wait_until_published()
-    cloud.wait_for("refused", code="late", times=len(DEVICES))
+    cloud.wait_for("refused", code=code, times=len(DEVICES))
     held.let_go()
     play.finish(cloud, held, *others.values())
     assert play.accepted == [list(DEVICES)] * 2
@@ -194,7 +197,16 @@ def spoilt_chunks(draw: st.DrawFn) -> bytes:
     return head + draw(st.binary(max_size=200))
 
 
-def malformed(said: list[bytes]) -> st.SearchStrategy[tuple[str, bytes, bool]]:
+@st.composite
+def spoilt_packets(draw: st.DrawFn, heard: list[bytes]) -> bytes:
+    """Draw a packet that was really heard, sealed perhaps, with some of its bytes changed."""
+    packet = bytearray(draw(st.sampled_from(heard)))
+    for _ in range(draw(st.integers(1, 8))):
+        packet[draw(st.integers(0, min(len(packet), 120) - 1))] ^= draw(st.integers(1, 255))
+    return bytes(packet)
+
+
+def malformed(said: list[bytes], heard: list[bytes]) -> st.SearchStrategy[tuple[str, bytes, bool]]:
     """Return topic, payload and retention of what no device and no aggregator would say."""
     payloads = (
         st.binary(max_size=400)
@@ -203,6 +215,7 @@ def malformed(said: list[bytes]) -> st.SearchStrategy[tuple[str, bytes, bool]]:
         )
         | JSON.map(lambda value: json.dumps(value).encode())
         | spoilt_messages(said)
+        | spoilt_packets(heard)
         | spoilt_chunks()
     )
     return st.tuples(st.sampled_from(TOPICS), payloads.filter(_makes_no_sense), st.booleans())
@@ -219,14 +232,17 @@ def _makes_no_sense(payload: bytes) -> bool:
     return False
 
 
+@pytest.mark.parametrize("sealed", [False, True], ids=["plain", "sealed"])
 def test_whatever_malformed_is_published_changes_no_bit(
-    play: Play, intruder: Intruder, undisturbed: Undisturbed
+    sealed: bool, play: Play, intruder: Intruder, undisturbed: Undisturbed
 ) -> None:
+    play.sealed = sealed
     cloud, others = play.cloud(), play.others("pi-1")
     held = play.device("pi-1", hold=at("step", round=1, step=1))
     held.wait_held()
     cloud.wait_for("update", times=2, round=1)
-    said = sorted({p for _, p in intruder.everything() if re.match(rb'{"schema"', p)})
+    heard = sorted({packet for _, packet in intruder.everything() if packet})
+    said = [packet[packet.index(b'{"schema"') :] for packet in heard if b'{"schema"' in packet]
     kinds = {json.loads(payload)["kind"] for payload in said}
     assert kinds >= {"HELLO", "OFFER", "REPORT", "TASK", "GRANT", "DONE", "MANIFEST"}
 
@@ -238,7 +254,7 @@ def test_whatever_malformed_is_published_changes_no_bit(
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(malformed(said))
+    @given(malformed(said, heard))
     def publish(what: tuple[str, bytes, bool]) -> None:
         topic, payload, retain = what
         intruder.publish(topic, payload, retain=retain)

@@ -48,7 +48,12 @@ DEFAULT_ROUNDS: dict[Stage, int] = {"instruction": 6, "reward": 5, "alignment": 
 DEFAULT_STEPS: dict[Stage, int] = {"instruction": 12, "reward": 40, "alignment": 2}
 
 #: Settings that change how a run is done and not what comes of it; a resumed run may change them.
-HOW = frozenset({"workers", "transport", "broker", "broker_port", "broker_wait_seconds", "rounds"})
+HOW = frozenset(
+    {
+        "engine", "address", "workers", "transport", "broker", "broker_port",
+        "broker_wait_seconds", "rounds",
+    }
+)  # fmt: skip
 
 
 #: Settings of a link that an experiment may make for all its clients.
@@ -115,7 +120,9 @@ class Experiment(Config):
         patience: Rounds without improvement until training has converged; 0 for never.
         broker_port: Of the embedded broker; by default a free one.
         threads: Processor threads a client computes with; part of what the bits depend on.
-        workers: Processes that host clients; 0 for one a core.
+        engine: ``local`` emulates clients on this machine, ``ray`` on a Ray cluster.
+        address: Of that cluster, ``HOST:PORT`` or ``auto``; without it Ray starts on this machine.
+        workers: Processes that host clients; 0 for one a core (of the cluster's, with Ray).
     """
 
     method: str = "pwff"
@@ -180,7 +187,8 @@ class Experiment(Config):
     patience: Annotated[int, Field(ge=0)] = 0
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     chunk_bytes: Annotated[int, Field(ge=1024, le=262_144)] = CHUNK_BYTES
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     transport: Literal["mqtt", "memory"] = "mqtt"
     broker: str | None = None
@@ -295,7 +303,13 @@ def check_experiment(experiment: Experiment, source: str) -> None:
             f"priced_lora_rank = {experiment.priced_lora_rank} with priced_at 'base', which has "
             "the rank that learns; name another shape, or leave it out"
         )
-    if experiment.transport == "memory" and experiment.workers > 1:
+    local = experiment.engine == "local"
+    if local and experiment.address is not None:
+        raise InputError(
+            f"address = '{experiment.address}' with engine 'local', which stays on this machine; "
+            "give --engine ray, or leave address out"
+        )
+    if local and experiment.transport == "memory" and experiment.workers > 1:
         raise InputError(
             f"workers = {experiment.workers} with transport 'memory', which stays in one process; "
             "leave workers out, or choose transport mqtt"

@@ -102,9 +102,8 @@ def measure(transport: str, clients: int, arguments: argparse.Namespace) -> dict
 def one_kind(folder: Path) -> str:
     """Write a fleet of one kind of device, so that every client trains as many modules."""
     path = folder / "fleet.toml"
-    path.write_text(
-        'name = "alike"\n\n[[devices]]\nprofile = "jetson-orin-nano-8gb"\nshare = 1.0\n'
-    )
+    member = '[[member]]\nprofile = "jetson-orin-nano-8gb"\nshare = 1.0\n'
+    path.write_text(f'title = "Alike"\n\n{member}')
     return str(path)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Literal, Protocol
 
 from device_profiles.seeds import stream
@@ -76,6 +76,9 @@ class Agent:
             trains the round again.
         heartbeat_seconds: Between two ALIVE; none says nothing in between.
         spread: Told over how many seconds devices return after a break.
+        held: Global states by their hash, where agents of one process have them in common.
+        keeps_results: Whether an update stays in memory until another task comes, for an aggregator
+            that loses it after all; otherwise it would be done again, to the same bits.
     """
 
     def __init__(
@@ -90,6 +93,8 @@ class Agent:
         outbox: Outbox | None = None,
         heartbeat_seconds: float | None = None,
         spread: Callable[[float], None] | None = None,
+        held: MutableMapping[str, Vector] | None = None,
+        keeps_results: bool = True,
     ) -> None:
         self.local = local
         self.id = local.device.id
@@ -111,11 +116,14 @@ class Agent:
         self._task: Task | None = None
         self._working = False
         self._held: dict[str, Vector] = {}  # global states by their hash
+        self._in_common = {} if held is None else held
+        self._keeps_results = keeps_results
         self._newest: dict[Stage, str] = {}  # of each stage: a later one asks for it again
         self._downloaded = 0
         self._download: Download | None = None
         self._upload: Upload | None = None
         self._result: Result | None = None  # kept until another task comes: it may be asked again
+        self._arrived = False  # what came of the task is with the aggregator, and not kept here
 
     @property
     def filters(self) -> list[str]:
@@ -214,6 +222,8 @@ class Agent:
         elif isinstance(message, Done):
             self._upload = None
             self._settle()
+            if not self._keeps_results:
+                self._result, self._arrived = None, True
             if message.status == "late":
                 log.info("%s: update came late and is left out", self.id)
 
@@ -277,13 +287,18 @@ class Agent:
             self._leave()
             return
         if self._task is not None and _same(self._task, task):
-            self._answer(now)  # what came of it was perhaps lost, here or at the aggregator
+            if self._arrived:  # and was lost there: done again, it comes to the same
+                self._arrived = False
+                self._begin(now)
+            else:
+                self._answer(now)  # what came of it was perhaps lost on the way
             return
         for ref, layout in self._needed(task):
             if ref.bytes > max_blob_bytes(layout, "fp32"):
                 raise ProtocolError("size", f"a global state of {ref.bytes} bytes is too large")
         self._task = task
         self._result = self._upload = None
+        self._arrived = False
         if self._working:
             return
         if self._outbox is not None:
@@ -385,7 +400,7 @@ class Agent:
                 f"of the run '{header.run}'"
             )
             return
-        self._held[ref.blob] = vector
+        self._held[ref.blob] = self._in_common.setdefault(ref.blob, vector)
         # What earlier stages left was counted in theirs: only a device that was started again
         # fetches it anew, and what a round costs does not depend on that.
         if self._task is not None and ref == self._task.state:

@@ -1,7 +1,8 @@
 """A process that hosts devices: one real client, or the emulated clients of a worker.
 
-One inbox, one thread for the protocol (the caller's), one for the work, so that grants are answered
-while another client trains. Every client keeps a connection of its own.
+One inbox, one thread for the protocol (the caller's), and one for the work (more where the work is
+done elsewhere), so that grants are answered while another client trains. Every client keeps a
+connection of its own; a global state that many hold is in memory once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from edge_client.local_client import Result
 from edge_client.outbox import Outbox
 from edge_client.progress import StoppedError
 from messaging import topics
+from messaging.layout import Vector
 from messaging.protocol import Task
 from messaging.security import DeviceSeal
 from messaging.transport import Network, Transport, Will
@@ -72,6 +75,8 @@ class Host:
         isolates: Whether a client whose input is bad leaves alone, with its sentence, and the
             others go on; otherwise, and where it is the only one, the host ends with the error.
         interrupt: Called when the host is to leave, so that work that is under way stops soon.
+        work_threads: Clients that work at once; 1 where they share a model.
+        keeps_results: Whether updates stay in memory after they have arrived (see ``Agent``).
     """
 
     def __init__(
@@ -87,13 +92,17 @@ class Host:
         heartbeat_seconds: float | None = None,
         isolates: bool = False,
         interrupt: Callable[[], None] = lambda: None,
+        work_threads: int = 1,
+        keeps_results: bool = True,
     ) -> None:
         self._clock = clock
         self._seals, self._ledgers, self._outboxes = seals or {}, ledgers or {}, outboxes or {}
         self._heartbeat, self._isolates, self._interrupt = heartbeat_seconds, isolates, interrupt
         # A simple queue: a signal handler may put while this thread gets.
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._work = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pwff-work")
+        self._keeps_results = keeps_results
+        self._work = ThreadPoolExecutor(work_threads, thread_name_prefix="pwff-work")
+        self._held: weakref.WeakValueDictionary[str, Vector] = weakref.WeakValueDictionary()
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._seats = [self._seat(network, performer, binding) for performer in performers]
@@ -121,6 +130,8 @@ class Host:
             outbox=self._outboxes.get(client),
             heartbeat_seconds=self._heartbeat,
             spread=spread,
+            held=self._held,
+            keeps_results=self._keeps_results,
         )
         transport = network.open(
             client_id=f"pwff-{agent.run}-{agent.id}",

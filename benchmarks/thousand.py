@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--transports", nargs="+", default=["mqtt", "memory"])
-    parser.add_argument("--turns", type=int, default=2000, help="of each line, about")
+    parser.add_argument("--turns", type=int, default=1000, help="of each line, about")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--cohort", type=int, help="train in a round (all)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -63,7 +63,7 @@ def main() -> None:
 
 def measure(transport: str, clients: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Run one fleet; return seconds and bytes."""
-    rounds = max(2, round(arguments.turns / clients))
+    rounds = max(1, round(arguments.turns / clients))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         experiment = {

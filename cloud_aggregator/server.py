@@ -237,9 +237,11 @@ class Aggregator:
 
     def _do_round(self, number: int) -> None:
         began = self._clock()
+        self._desk.time.taken()  # what was before the round is not its own
         intake = self._train(number)
         vector = self._course.shelf.vector
-        self._aggregate(intake, vector)
+        with self._desk.time.part("aggregation"):
+            self._aggregate(intake, vector)
         reports = self._evaluate(number, {i: intake.round.status(i) for i in intake.round.cohort})
         why, figures = self._course.verdict(self._registry.devices, reports)
         if why:
@@ -258,6 +260,7 @@ class Aggregator:
                 retransmitted_bytes=intake.retransmitted_bytes,
                 peak_memory_bytes=self._peak_memory,
                 refused=dict(self._desk.refused + intake.refused),
+                spent_seconds=self._desk.time.taken(),
             ),
         )
         if why:

@@ -453,6 +453,7 @@ class Agent:
             pairs=result.pairs,
             responses=result.responses,
             costs=result.costs,
+            spent=result.spent,
         )
 
     @property
@@ -475,6 +476,7 @@ class Agent:
             layout=setup.own_layout(task.stage, self.local.device.lora_count).sha256,
             codec=task.codec,
             costs=result.costs,
+            spent=result.spent,
         )
         self._upload = Upload(blob, offer, now)
         self._send(offer)

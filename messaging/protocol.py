@@ -42,6 +42,7 @@ Stage = Literal["instruction", "reward", "alignment"]
 Objective = Literal["helpfulness", "harmlessness"]
 Precision = Literal["fp32", "bf16", "int8", "int8-dynamic", "nf4"]
 Codec = Literal["fp32", "fp16", "int8", "int4"]
+Part = Literal["training", "generation", "evaluation", "codec", "disk"]
 Outcome = Literal["aggregated", "late", "lost", "rejected", "skipped", "none"]
 
 
@@ -243,6 +244,7 @@ class Offer(_FromDevice):
     """An update is ready. Sent again with the same blob, it resumes.
 
     With ``url``, the blob lies there to be fetched, and no chunk travels over the broker.
+    ``spent`` are seconds of the device's own clock, by part of the work; for looking at only.
     """
 
     kind: Literal["OFFER"] = "OFFER"
@@ -256,6 +258,7 @@ class Offer(_FromDevice):
     codec: Codec
     costs: Costs
     url: Url | None = None
+    spent: dict[Part, Amount] = {}
 
 
 class Want(_FromDevice):
@@ -270,7 +273,7 @@ class Report(_FromDevice):
     """Held-out results on the state of ``round``, or a training that has nothing to upload.
 
     ``stage`` and ``phase`` are the task's: one round is measured again when it is taken back, and
-    where the next stage begins.
+    where the next stage begins. ``spent`` as in OFFER.
     """
 
     kind: Literal["REPORT"] = "REPORT"
@@ -286,6 +289,7 @@ class Report(_FromDevice):
     others_loss: Loss | None = None
     others_accuracy: Share | None = None
     costs: Costs
+    spent: dict[Part, Amount] = {}
 
 
 class StateRef(Record):

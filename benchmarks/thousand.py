@@ -6,7 +6,8 @@
 A turn is one client's part of one round: a local step where it is asked, and an evaluation. Every
 fleet does the same work a turn (same model, batch, rows a client, one kind of device), and the
 small ones do more rounds, so that each line has about as many turns. Time a turn is that of the
-rounds, start-up apart. Memory is the largest sum of proportional set sizes of the process tree
+rounds, start-up apart: on the wall, and of the processors, which another load of the machine moves
+less. Memory is the largest sum of proportional set sizes of the process tree
 (aggregator, broker, workers), sampled. Every sample is a process of its own.
 """
 
@@ -22,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -45,9 +48,9 @@ def main() -> None:
         child(json.loads(experiment), Path(out))
         return
     print(f"{cpu()}, {os.cpu_count()} cores; {ours()}.\n")
-    print("| transport | clients | rounds | start-up, s | time a turn, ms | of the first | MB | "
-          "of the first |")  # fmt: skip
-    print("|" + "---|" * 8)
+    print("| transport | clients | rounds | start-up, s | a turn, ms | of the first | "
+          "a turn, CPU ms | of the first | MB | of the first |")  # fmt: skip
+    print("|" + "---|" * 10)
     for transport in arguments.transports:
         first: dict[str, float] | None = None
         for clients in arguments.clients:
@@ -56,6 +59,7 @@ def main() -> None:
             print(
                 f"| {transport} | {clients} | {found['rounds']:.0f} | {found['start']:.1f} | "
                 f"{1000 * found['turn']:.1f} | {found['turn'] / first['turn']:.2f} | "
+                f"{1000 * found['cpu']:.1f} | {found['cpu'] / first['cpu']:.2f} | "
                 f"{found['bytes'] / 1e6:,.0f} | {found['bytes'] / first['bytes']:.2f} |",
                 flush=True,
             )
@@ -70,8 +74,8 @@ def measure(transport: str, clients: int, arguments: argparse.Namespace) -> dict
             "clients": clients,
             "rounds": rounds,
             "local_steps": arguments.steps,
-            "batch_size": 4,
-            "max_length": 128,
+            "batch_size": 2,
+            "max_length": 64,
             "fleet": one_kind(folder),
             "data": rows(folder, ROWS * clients),
             "partition": "iid",
@@ -89,12 +93,13 @@ def measure(transport: str, clients: int, arguments: argparse.Namespace) -> dict
             peak = watch(process)
         if process.returncode:
             raise SystemExit(f"{clients} clients failed:\n{(folder / 'log').read_text()[-3000:]}")
-        times = json.loads((folder / "run" / "times.json").read_text())
+        times, seconds = json.loads((folder / "run" / "times.json").read_text())
         turns = clients * (len(times) - 1)
         return {
             "rounds": rounds,
             "start": times[0] - began,
             "turn": (times[-1] - times[0]) / turns,
+            "cpu": (seconds[-1] - seconds[0]) / turns,
             "bytes": peak,
         }
 
@@ -129,13 +134,16 @@ def child(experiment: dict[str, Any], out: Path) -> None:
     from cloud_aggregator.experiment import Experiment
 
     times: list[float] = []
+    seconds: list[float] = []
 
     def notify(event: str, **_fields: Any) -> None:
         if event in {"before", "round"}:
             times.append(time.time())
+            tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
+            seconds.append(sum(sum(one.cpu_times()[:2]) for one in tree))
 
     emulate(Experiment(**experiment), out, notify=notify)
-    (out / "times.json").write_text(json.dumps(times))
+    (out / "times.json").write_text(json.dumps([times, seconds]))
     shutil.rmtree(out / "clients")
 
 

@@ -135,7 +135,7 @@ def _list_experiments(ctx: click.Context, _option: click.Parameter, wanted: bool
 @click.option("--sharing", metavar="NAME", help="Of the band: dedicated, tdma or fdma (dedicated).")
 @click.option("--cohort", type=int, metavar="N", help="Clients that train in a round (all).")
 @click.option(
-    "--selection", metavar="NAME", help="uniform, best-channel or proportional-fair (uniform)."
+    "--selection", metavar="NAME", help="uniform, best-channel, proportional-fair or utility."
 )
 @click.option("--upload-policy", metavar="NAME", help="at-once, or wait for good blocks (at-once).")
 @click.option("--quorum", type=float, metavar="SHARE", help="Of updates that end a round (1).")

@@ -112,7 +112,8 @@ class Experiment(Config):
         priced_at: Shape that delay and energy are computed on: the ``base``'s own, or a larger one.
         priced_lora_rank: LoRA's rank there; by default 96 at width 768 in proportion.
         cohort: How many clients train in a round; by default all.
-        selection: How they are chosen, by the pilot rate that each shows before the round.
+        selection: How they are chosen: by the pilot rate that each shows before the round, or by
+            what asking it promises (``utility``).
         upload_policy: ``at-once``, or ``wait`` for good coherence blocks within the deadline.
         quorum: Share of the cohort whose updates end a round.
         deadline_seconds: Modelled seconds after which a round ends.
@@ -179,7 +180,7 @@ class Experiment(Config):
     priced_at: Literal["base", "gpt2-small"] = "base"
     priced_lora_rank: int | None = None
     cohort: Positive | None = None
-    selection: Literal["uniform", "best-channel", "proportional-fair"] = "uniform"
+    selection: Literal["uniform", "best-channel", "proportional-fair", "utility"] = "uniform"
     upload_policy: Literal["at-once", "wait"] = "at-once"
     quorum: Annotated[float, Field(gt=0, le=1)] = 1.0
     deadline_seconds: Annotated[float, Field(gt=0)] = 3600.0

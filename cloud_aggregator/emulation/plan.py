@@ -34,6 +34,7 @@ from edge_client.preflight import (
     step_shape,
 )
 from messaging.layout import joint_sha256
+from quantization.checkpoint import look_through
 from quantization.identity import BaseIdentity, binding, identify
 
 _GATHER_SECONDS = 300.0
@@ -84,8 +85,6 @@ def check_plan_memory(planned: Planned) -> None:
     Raises:
         NotEnoughMemoryError: If the workers would take more than is free.
     """
-    from quantization.checkpoint import look_through  # needs torch
-
     experiment, fleet, workers = planned.experiment, planned.fleet, planned.workers
     shape = step_shape(
         planned.identity,

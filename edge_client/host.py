@@ -1,8 +1,8 @@
 """A process that hosts devices: one real client, or the emulated clients of a worker.
 
 One inbox, one thread for the protocol (the caller's), and one for the work (more where the work is
-done elsewhere), so that grants are answered while another client trains. Every client keeps a
-connection of its own; a global state that many hold is in memory once.
+done elsewhere), so that grants are answered while another client trains. Every client has a
+transport of its own; a global state that many hold is in memory once.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from edge_client.progress import Interruption, StoppedError
 from edge_client.stage_work import GlobalStates
 from messaging.layout import Vector
 from messaging.protocol import Task
+from messaging.shared import SharedNetwork
 from messaging.transport import Network
 from quantization.parts import take_apart
 
@@ -88,7 +89,7 @@ def make_ray_host(planned: Planned, network: Network) -> Host:
     fleet = _Fleet(planned)
     places = {c.device.id: planned.folder.client_path(c.device.id) for c in planned.fleet.clients}
     return Host(
-        network,
+        SharedNetwork(network, f"pwff-{planned.experiment.run_name}-{secrets.token_hex(4)}"),
         [_RayClient(fleet, client, places[client.device.id]) for client in planned.fleet.clients],
         binding=planned.binding,
         ledgers={name: Ledger(folder) for name, folder in places.items()},

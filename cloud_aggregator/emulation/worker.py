@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ from edge_client.host import Host
 from edge_client.ledger import Ledger
 from edge_client.progress import Interruption, Progress
 from messaging.mqtt import MqttNetwork
+from messaging.shared import SharedNetwork
 from messaging.transport import Network
 from quantization.base_model import set_threads
 from quantization.identity import identify
@@ -64,7 +66,7 @@ def make_host(spec: WorkerSpec, network: Network) -> Host:
         c.device.id: RunFolder(Path(spec.run_folder)).client_path(c.device.id) for c in spec.clients
     }
     return Host(
-        network,
+        SharedNetwork(network, f"pwff-{spec.run}-{secrets.token_hex(4)}"),
         [
             bench.client(c, folder, Progress(folder, interruption))
             for c, folder in zip(spec.clients, places.values(), strict=True)

@@ -54,14 +54,16 @@ def choose_cohort(
         return _choose_by_utility(rule, devices, rounds)
     names = sorted(devices)
     past = np.zeros(len(names))
-    for number, record in enumerate(rounds, 1):
+    # Only one rule looks back, and one at no channel: pilots of every round before are dear.
+    for number, record in enumerate(rounds if rule.selection == "proportional-fair" else [], 1):
         asked = {c.id for c in record.clients if c.status != "skipped"}
         chosen = [place for place, name in enumerate(names) if name in asked]
         past = update_past_rates(past, _pilots(rule, devices, names, number), chosen)
     number = len(rounds) + 1
     there = able(devices, rounds)
     places = [names.index(name) for name in there]
-    pilots = _pilots(rule, devices, there, number)
+    blind = rule.selection == "uniform"
+    pilots = [0.0] * len(there) if blind else _pilots(rule, devices, there, number)
     selected = select_cohort(
         rule.selection,
         min(rule.size, len(there)),

@@ -21,28 +21,24 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from fleets.machine import cpu, ours, watch
 from fleets.work import Job
 
 ENGINES = ("emulate", "flower, padded step", "flower, this project's step", "loop, padded step")
 TOLERANCE = 1e-4
-SAMPLE_SECONDS = 0.25
 
 
 def main() -> None:
@@ -149,35 +145,6 @@ def measure(engine: str, job: Job, flower: str) -> Sample:
         return Sample(began, times, load_file(out / "adapters.safetensors"), peak)
 
 
-def watch(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a process; return the largest sum of its tree's proportional set sizes, bytes."""
-    peak = 0
-    done = threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        root = psutil.Process(process.pid)
-        while not done.wait(SAMPLE_SECONDS):
-            total = 0
-            try:
-                tree = [root, *root.children(recursive=True)]
-            except psutil.Error:
-                return
-            for one in tree:
-                try:
-                    total += one.memory_full_info().pss
-                except psutil.Error:
-                    continue
-            peak = max(peak, total)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    process.wait()
-    done.set()
-    thread.join()
-    return peak
-
-
 def child(engine: str, job: Job, out: Path) -> None:
     """Run an engine in this process and leave what it gave in ``out``."""
     from safetensors.numpy import save_file
@@ -212,23 +179,7 @@ def versions(flower: str) -> str:
         raise SystemExit(
             f"{flower} has no flwr[simulation]; make it one as this file's beginning says"
         )
-    ours = []
-    for name in ("torch", "transformers", "peft"):
-        try:
-            ours.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return f"Flower's environment: {done.stdout.strip()}; ours: {', '.join(ours)}"
-
-
-def cpu() -> str:
-    """Return the processor's name."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
+    return f"Flower's environment: {done.stdout.strip()}; ours: {ours()}"
 
 
 if __name__ == "__main__":

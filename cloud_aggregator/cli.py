@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import signal
 from collections.abc import Callable
@@ -15,10 +14,12 @@ from rich.logging import RichHandler
 
 from cloud_aggregator.closing import closing_lines, closing_table
 from cloud_aggregator.experiment import load_experiment
+from cloud_aggregator.experiments import find_experiment, listing
 from cloud_aggregator.methods import METHODS
 from cloud_aggregator.progress import ProgressView, say
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.run_folder import RunFolder
+from cloud_aggregator.trackers import TRACKERS
 from device_profiles import logs
 from device_profiles.config_files import read_toml
 from device_profiles.errors import InputError
@@ -55,8 +56,22 @@ def stop_on_signals(aggregator: Aggregator) -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
+def _list_experiments(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        click.echo("\n".join(listing()))
+        ctx.exit()
+
+
 @click.command()
-@click.argument("experiment", required=False, type=click.Path(path_type=Path))
+@click.argument("experiment", required=False, metavar="[NAME|FILE.toml]")
+@click.option(
+    "--list",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_experiments,
+    help="Name the experiments that come with the project, and end.",
+)
 @click.option("--method", metavar="NAME", help=f"One of {', '.join(METHODS)} (default pwff).")
 @click.option(
     "--stages", metavar="NAMES", help="instruction, reward, alignment, with commas (instruction)."
@@ -120,7 +135,7 @@ def stop_on_signals(aggregator: Aggregator) -> None:
 @click.option("--sharing", metavar="NAME", help="Of the band: dedicated, tdma or fdma (dedicated).")
 @click.option("--cohort", type=int, metavar="N", help="Clients that train in a round (all).")
 @click.option(
-    "--selection", metavar="NAME", help="uniform, best-channel or proportional-fair (uniform)."
+    "--selection", metavar="NAME", help="uniform, best-channel, proportional-fair or utility."
 )
 @click.option("--upload-policy", metavar="NAME", help="at-once, or wait for good blocks (at-once).")
 @click.option(
@@ -155,7 +170,10 @@ def stop_on_signals(aggregator: Aggregator) -> None:
 @click.option(
     "--chunk-bytes", type=int, metavar="N", help="Of a message, header included (122880)."
 )
-@click.option("--engine", metavar="local", help="Where clients are emulated.")
+@click.option("--engine", metavar="local|ray", help="Here, or on a Ray cluster (local).")
+@click.option(
+    "--address", metavar="HOST:PORT|auto", help="Of the cluster; default: Ray starts here."
+)
 @click.option("--workers", type=int, metavar="N", help="Processes (default: one a core).")
 @click.option(
     "--transport", metavar="mqtt|memory", help="A real broker, or no socket at all (mqtt)."
@@ -165,36 +183,64 @@ def stop_on_signals(aggregator: Aggregator) -> None:
 @click.option("--broker-wait-seconds", type=float, metavar="S", help="For a given broker (10).")
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder (default runs/...).")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option(
+    "--sweep", multiple=True, metavar="KEY=V,V", help="A run at each value; more than one: a grid."
+)
+@click.option("--seeds", type=int, metavar="N", help="Each at so many, from --seed on (1).")
+@click.option(
+    "--track", multiple=True, metavar="|".join(TRACKERS), help="Follow the run there too."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON at the end.")
 @click.option("-v", "--verbose", count=True, help="More of the log; twice for all.")
 def emulate(
-    experiment: Path | None,
+    *,
+    experiment: str | None,
     out: Path | None,
     resume: bool,
+    sweep: tuple[str, ...],
+    seeds: int | None,
+    track: tuple[str, ...],
     as_json: bool,
     verbose: int,
     **options: Any,
 ) -> int:
     """Emulate a fleet on this machine: a broker, the aggregator, and devices that train.
 
-    EXPERIMENT is a TOML file with any of these options as keys (dashes become underscores);
-    options on the command line go before it. Without arguments it runs the bundled kit.
+    Its argument is the name of an experiment that comes with the project (--list) or a TOML file
+    with any of these options as keys (dashes become underscores); options on the command line go
+    before it. Without one it runs the bundled kit.
+
+    With --sweep or --seeds it does many runs, one after another, in the folders below --out, and
+    compares them; the same command goes on with what is left of them.
     """
     from cloud_aggregator.emulation.emulate import emulate as run_emulation
+    from cloud_aggregator.emulation.emulate import new_place, require_edge
+    from cloud_aggregator.sweep_run import run_sweep
 
     console = Console(stderr=as_json)
     _start_logging(("warning", "info", "debug")[min(verbose, 2)], console)
     given = {k: v for k, v in options.items() if v is not None}
+    path = None if experiment is None else find_experiment(experiment)
+    if sweep or seeds is not None:
+        if resume or as_json:
+            raise InputError(
+                f"--{'resume' if resume else 'json'} is of one run, and --sweep and --seeds do "
+                "many; leave one out (the same command goes on with what is left of a sweep)"
+            )
+        require_edge()
+        out = out or Path("runs") / "sweep"
+        run_sweep(console, path, given, sweep=sweep, seeds=seeds or 1, out=out, track=track)
+        return 0
     if resume and out is None:
         raise InputError("--resume goes on with the run in --out; name its folder")
     if resume and experiment is None and out is not None and (out / "config.toml").exists():
         given = {**read_toml(out / "config.toml").get("experiment", {}), **given}
-    chosen = load_experiment(experiment, given)
-    if out is None:
-        now = datetime.datetime.now().astimezone()
-        out = Path("runs") / f"{chosen.method}-{chosen.seed}-{now:%Y%m%d-%H%M%S}"
+    chosen = load_experiment(path, given)
+    out = out or new_place(chosen)
     with ProgressView(console, chosen.total_rounds) as view:
-        record = run_emulation(chosen, out, resume=resume, notify=view, on_start=stop_on_signals)
+        record = run_emulation(
+            chosen, out, resume=resume, track=track, notify=view, on_start=stop_on_signals
+        )
     remedy = f"go on with --resume --out {out}"
     return _close(console, record, RunFolder(out), remedy=remedy, as_json=as_json)
 

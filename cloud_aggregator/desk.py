@@ -19,6 +19,7 @@ from cloud_aggregator.intake import Intake
 from cloud_aggregator.reconnects import Reconnects
 from cloud_aggregator.registry import Registry
 from cloud_aggregator.tasks import make_manifest, stop_task
+from cloud_aggregator.time_spent import TimeSpent
 from device_profiles import logs
 from messaging import chunks, security, topics
 from messaging.chunks import parse_chunk
@@ -66,6 +67,7 @@ class Desk:
         intake: Of the round's updates.
         fetches: Fetches those that lie in a store, if the run has one.
         refused: What was refused since someone last looked, by code.
+        time: Where it went, of devices and of this desk.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Desk:
         self.intake: Intake | None = None
         self.fetches: Fetches | None = None
         self.refused: Counter[str] = Counter()
+        self.time = TimeSpent(clock)
         self._course = course
         self._run = course.settings.run
         self._registry = registry
@@ -156,6 +159,10 @@ class Desk:
 
     def received(self, topic: str, payload: bytes) -> None:
         """Take what arrived; whatever is wrong with it is counted and told."""
+        with self.time.part("intake"):
+            self._received(topic, payload)
+
+    def _received(self, topic: str, payload: bytes) -> None:
         if not topic:  # connected, perhaps again
             self._registry.reconnected()
             self._fit()
@@ -322,12 +329,14 @@ class Desk:
         if self.intake is None:
             raise ProtocolError("round", f"no update of '{offer.client}' is asked for now")
         self.intake.offered(offer, self._clock())
+        self.time.told(offer.client, "offer", offer.spent)
 
     def _reported(self, report: Report) -> None:
         task = self.tasks.get(report.client)
         said = report.phase, report.stage, report.round
         if task is None or (task.work, task.stage, task.round) != said:
             return  # said twice, or of a phase that is over
+        self.time.told(report.client, report.phase, report.spent)
         if report.phase == "train" and self.intake is not None:
             self.intake.reported(report, self._clock())
             return

@@ -51,7 +51,12 @@ DEFAULT_ROUNDS: dict[Stage, int] = {"instruction": 6, "reward": 5, "alignment": 
 DEFAULT_STEPS: dict[Stage, int] = {"instruction": 12, "reward": 40, "alignment": 2}
 
 #: Settings that change how a run is done and not what comes of it; a resumed run may change them.
-HOW = frozenset({"workers", "transport", "broker", "broker_port", "broker_wait_seconds", "rounds"})
+HOW = frozenset(
+    {
+        "engine", "address", "workers", "transport", "broker", "broker_port",
+        "broker_wait_seconds", "rounds",
+    }
+)  # fmt: skip
 
 
 #: Settings of a link that an experiment may make for all its clients.
@@ -113,7 +118,8 @@ class Experiment(CountingKeys):
         priced_at: Shape that delay and energy are computed on: the ``base``'s own, or a larger one.
         priced_lora_rank: LoRA's rank there; by default 96 at width 768 in proportion.
         cohort: How many clients train in a round; by default all.
-        selection: How they are chosen, by the pilot rate that each shows before the round.
+        selection: How they are chosen: by the pilot rate that each shows before the round, or by
+            what asking it promises (``utility``).
         upload_policy: ``at-once``, or ``wait`` for good coherence blocks within the deadline.
         quorum: Share of the cohort whose updates end a round.
         deadline_seconds: Modelled seconds after which a round ends.
@@ -122,7 +128,9 @@ class Experiment(CountingKeys):
         broker_port: Of the embedded broker; by default a free one.
         aggregation: And the seven after it: see ``cloud_aggregator.counting.CountingKeys``.
         threads: Processor threads a client computes with; part of what the bits depend on.
-        workers: Processes that host clients; 0 for one a core.
+        engine: ``local`` emulates clients on this machine, ``ray`` on a Ray cluster.
+        address: Of that cluster, ``HOST:PORT`` or ``auto``; without it Ray starts on this machine.
+        workers: Processes that host clients; 0 for one a core (of the cluster's, with Ray).
     """
 
     method: str = "pwff"
@@ -186,7 +194,7 @@ class Experiment(CountingKeys):
     priced_at: Literal["base", "gpt2-small"] = "base"
     priced_lora_rank: int | None = None
     cohort: Positive | None = None
-    selection: Literal["uniform", "best-channel", "proportional-fair"] = "uniform"
+    selection: Literal["uniform", "best-channel", "proportional-fair", "utility"] = "uniform"
     upload_policy: Literal["at-once", "wait"] = "at-once"
     quorum: Annotated[float, Field(gt=0, le=1)] = 1.0
     deadline_seconds: Annotated[float, Field(gt=0)] = 3600.0
@@ -194,7 +202,8 @@ class Experiment(CountingKeys):
     patience: Annotated[int, Field(ge=0)] = 0
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     chunk_bytes: ChunkBytes = CHUNK_BYTES
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     transport: Literal["mqtt", "memory"] = "mqtt"
     broker: str | None = None
@@ -343,7 +352,13 @@ def check_experiment(experiment: Experiment, source: str) -> None:
             f"priced_lora_rank = {experiment.priced_lora_rank} with priced_at 'base', which has "
             "the rank that learns; name another shape, or leave it out"
         )
-    if experiment.transport == "memory" and experiment.workers > 1:
+    local = experiment.engine == "local"
+    if local and experiment.address is not None:
+        raise InputError(
+            f"address = '{experiment.address}' with engine 'local', which stays on this machine; "
+            "give --engine ray, or leave address out"
+        )
+    if local and experiment.transport == "memory" and experiment.workers > 1:
         raise InputError(
             f"workers = {experiment.workers} with transport 'memory', which stays in one process; "
             "leave workers out, or choose transport mqtt"

@@ -125,12 +125,18 @@ class GlobalRound(_Part):
 
 
 class Observed(_Part):
-    """What this machine saw: no comparison of bits includes it."""
+    """What this machine saw: no comparison of bits includes it.
+
+    ``spent_seconds`` says where the round's time went, by part: of its devices, each on its own
+    clock and summed over them (training, generation, evaluation, codec, disk), and of the
+    aggregator (intake of what devices send, aggregation).
+    """
 
     wall_seconds: float = 0.0
     retransmitted_bytes: int = 0
     peak_memory_bytes: int = 0
     refused: dict[str, int] = Field(default_factory=dict)
+    spent_seconds: dict[str, float] = Field(default_factory=dict)
 
 
 class StaleEntry(_Part):

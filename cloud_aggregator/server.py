@@ -268,10 +268,12 @@ class Aggregator:
 
     def _do_round(self, number: int) -> None:
         began = self._clock()
+        self._desk.time.taken()  # what was before the round is not its own
         intake = self._phases.train(number)
         noise_key = self._journal.close(intake)
         vector = self._course.shelf.vector
-        combined = self._aggregate(intake, vector, noise_key)
+        with self._desk.time.part("aggregation"):
+            combined = self._aggregate(intake, vector, noise_key)
         reports = self._phases.evaluate(
             number, {i: intake.round.status(i) for i in intake.round.cohort}
         )
@@ -293,6 +295,7 @@ class Aggregator:
                 retransmitted_bytes=intake.retransmitted_bytes,
                 peak_memory_bytes=self._peak_memory,
                 refused=dict(self._desk.refused + intake.refused),
+                spent_seconds=self._desk.time.taken(),
             ),
             released=combined.state is not None,
             unchanged=combined.unchanged,

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import replace
 from typing import Literal, Protocol
 
@@ -90,6 +90,9 @@ class Agent:
             chunks.
         start_fetch: Fetches a global state elsewhere; it comes back through ``fetched``.
         spread: Told over how many seconds devices return after a break.
+        held: Global states by their hash, where agents of one process have them in common.
+        keeps_results: Whether an update stays in memory until another task comes, for an aggregator
+            that loses it after all; otherwise it would be done again, to the same bits.
 
     Attributes:
         refused: Messages and chunks that were refused, by code.
@@ -110,6 +113,8 @@ class Agent:
         largest_packet: Callable[[], int | None] = lambda: None,
         claims: Claims | None = None,
         start_fetch: Callable[[StateRef], None] | None = None,
+        held: MutableMapping[str, Vector] | None = None,
+        keeps_results: bool = True,
     ) -> None:
         self.local = local
         self.id = local.device.id
@@ -137,11 +142,14 @@ class Agent:
         self._task: Task | None = None
         self._working = False
         self._held: dict[str, Vector] = {}  # global states by their hash
+        self._in_common = {} if held is None else held
+        self._keeps_results = keeps_results
         self._newest: dict[Stage, str] = {}  # of each stage: a later one asks for it again
         self._downloaded = 0
         self._download: Download | None = None
         self._upload: Upload | None = None
         self._result: Result | None = None  # kept until another task comes: it may be asked again
+        self._arrived = False  # what came of the task is with the aggregator, and not kept here
 
     @property
     def filters(self) -> list[str]:
@@ -249,6 +257,8 @@ class Agent:
         elif isinstance(message, Done):
             self._upload = None
             self._settle()
+            if not self._keeps_results:
+                self._result, self._arrived = None, True
             if message.status == "late":
                 log.info("%s: update came late and is left out", self.id)
 
@@ -319,15 +329,20 @@ class Agent:
         if self._task is not None and _same(self._task, task):
             if self._task != task:  # its states come in other pieces now
                 self._task = task
-                if not self._working and self._result is None:
+                if not (self._working or self._arrived or self._result is not None):
                     self._begin(now)
-            self._answer(now)  # what came of it was perhaps lost, here or at the aggregator
+            if self._arrived:  # and was lost there: done again, it comes to the same
+                self._arrived = False
+                self._begin(now)
+            else:
+                self._answer(now)  # what came of it was perhaps lost on the way
             return
         for ref, layout in self._needed(task):
             if ref.bytes > max_blob_bytes(layout, "fp32"):
                 raise ProtocolError("size", f"a global state of {ref.bytes} bytes is too large")
         self._task = task
         self._result = self._upload = None
+        self._arrived = False
         if self._working:
             return
         if self._outbox is not None:
@@ -470,7 +485,7 @@ class Agent:
                 f"of the run '{header.run}'"
             )
             return
-        self._held[ref.blob] = vector
+        self._held[ref.blob] = self._in_common.setdefault(ref.blob, vector)
         # What earlier stages left was counted in theirs: only a device that was started again
         # fetches it anew, and what a round costs does not depend on that.
         if self._task is not None and ref == self._task.state:
@@ -527,6 +542,7 @@ class Agent:
             others_accuracy=result.others_accuracy,
             kept_steps=result.kept_steps,
             costs=result.costs,
+            spent=result.spent,
         )
 
     @property
@@ -551,6 +567,7 @@ class Agent:
             codec=task.codec,
             costs=result.costs,
             url=result.url,
+            spent=result.spent,
         )
         self._upload = Upload(blob, offer, now)
         self._send(offer)

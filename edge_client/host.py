@@ -1,7 +1,8 @@
 """A process that hosts devices: one real client, or the emulated clients of a worker.
 
-One inbox, one thread for the protocol (the caller's), one for the work, so that grants are answered
-while another client trains. Every client keeps a connection of its own.
+One inbox, one thread for the protocol (the caller's), and one for the work (more where the work is
+done elsewhere), so that grants are answered while another client trains. Every client has a
+transport of its own; a global state that many hold is in memory once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,7 @@ from edge_client.progress import StoppedError
 from messaging import topics
 from messaging.claims import Claims
 from messaging.errors import ProtocolError
+from messaging.layout import Vector
 from messaging.protocol import StateRef, Task
 from messaging.security import DeviceSeal
 from messaging.transport import Network, Transport, Will, largest_packet
@@ -90,6 +93,8 @@ class Host:
             chunks.
         interrupt: Called when the host is to leave, so that work that is under way stops soon.
         alive_file: Touched every ten seconds while the host goes round.
+        work_threads: Clients that work at once; 1 where they share a model.
+        keeps_results: Whether updates stay in memory after they have arrived (see ``Agent``).
     """
 
     def __init__(
@@ -107,6 +112,8 @@ class Host:
         interrupt: Callable[[], None] = lambda: None,
         claims: Claims | None = None,
         alive_file: Path | None = None,
+        work_threads: int = 1,
+        keeps_results: bool = True,
     ) -> None:
         self._claims = claims
         self._alive_file, self._alive_at = alive_file, -_ALIVE_SECONDS
@@ -115,8 +122,10 @@ class Host:
         self._heartbeat, self._isolates, self._interrupt = heartbeat_seconds, isolates, interrupt
         # A simple queue: a signal handler may put while this thread gets.
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._work = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pwff-work")
+        self._keeps_results = keeps_results
+        self._work = ThreadPoolExecutor(work_threads, thread_name_prefix="pwff-work")
         self._fetch = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pwff-fetch")
+        self._held: weakref.WeakValueDictionary[str, Vector] = weakref.WeakValueDictionary()
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._seats = [self._seat(network, performer, binding) for performer in performers]
@@ -147,6 +156,8 @@ class Host:
             largest_packet=lambda: largest_packet(seats[0].transport),
             claims=self._claims,
             start_fetch=lambda ref: self._start_fetch(agent, ref),
+            held=self._held,
+            keeps_results=self._keeps_results,
         )
         transport = network.open(
             client_id=f"pwff-{agent.run}-{agent.id}",

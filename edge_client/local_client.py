@@ -25,6 +25,7 @@ from edge_client.data.instructions import what_is_wrong
 from edge_client.privacy import withheld, withheld_training, withholds
 from edge_client.stage_work import NO_STATES, GlobalStates, Measured, StageWork, Trained
 from edge_client.state import ClientState, StateStore, entering, outcome_for, settled
+from edge_client.stopwatch import Stopwatch, timed
 from messaging.codecs import BlobHeader, encode_blob, quantise_with_feedback
 from messaging.layout import Layout, Vector, joint_sha256
 from messaging.protocol import (
@@ -32,6 +33,7 @@ from messaging.protocol import (
     DeviceRecord,
     Objective,
     PairFigures,
+    Part,
     ResponseFigures,
     Stage,
     Task,
@@ -58,6 +60,7 @@ class Result:
     others_loss: float | None = None
     others_accuracy: float | None = None
     kept_steps: int | None = None
+    spent: dict[Part, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +155,11 @@ class LocalClient:
             DiskError: If the disk does not take the new state; the old one is as it was.
             StoppedError: If the device is to leave in the middle of it.
         """
+        watch = Stopwatch()
         try:
-            return self._do(task, states, download_bytes)
+            with watch.running():
+                result = self._do(task, states, download_bytes)
+            return replace(result, spent={} if task.private else watch.seconds)
         except ValidationError as err:
             raise InputError(
                 f"'{self.device.id}': a figure of round {task.round} ({task.stage}) is beyond what "
@@ -178,7 +184,8 @@ class LocalClient:
 
     def _state(self, task: Task, *, before: int) -> ClientState:
         """Return the newest state of an earlier round, as this task's stage begins with it."""
-        state = self._store.newest(before=before)
+        with timed("disk"):
+            state = self._store.newest(before=before)
         if state is None:
             state = self._works[task.stage].begin(task.seed)
         return entering(state, task.stage)
@@ -188,8 +195,10 @@ class LocalClient:
         outcome = outcome_for(state, task)
         if state.pending is not None and outcome is not None:
             state = settled(state, outcome)
-            self._store.save(state)
-        measured = self._works[task.stage].evaluate(task, state, states)
+            with timed("disk"):
+                self._store.save(state)
+        with timed("evaluation"):
+            measured = self._works[task.stage].evaluate(task, state, states)
         return self._told(_result(measured, self._downlink(task, download_bytes)))
 
     def _told(self, result: Result) -> Result:
@@ -209,15 +218,18 @@ class LocalClient:
         before = self._state(task, before=task.round)
         # Of an update that nobody speaks of any more, nothing is known to have arrived.
         before = settled(before, outcome_for(before, task) or "none")
-        done = self._works[task.stage].train(task, before, states)
+        with timed("training"):
+            done = self._works[task.stage].train(task, before, states)
         if self._private:
             done = withheld_training(done, task)
         state, blob = replace(done.state, round=task.round), None
         if states.shared is not None and done.after is not None:
             layout = self.setup.own_layout(task.stage, self.device.lora_count)
             change = done.after - states.shared[: layout.size]
-            state, blob = self._pack(task, state, done, change)
-        self._store.save(state)
+            with timed("codec"):
+                state, blob = self._pack(task, state, done, change)
+        with timed("disk"):
+            self._store.save(state)
         return Result(
             costs=self._training_costs(task, done, self._clock() - started, download_bytes, blob),
             examples=done.weight,

@@ -26,7 +26,10 @@ class MemoryNetwork:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._nodes: list[_MemoryTransport] = []
+        self._nodes: list[_MemoryTransport] = []  # that are here
+        # With a thousand nodes, most of a message's way would be to look who wants it.
+        self._by_topic: dict[str, list[_MemoryTransport]] = {}
+        self._by_pattern: list[_MemoryTransport] = []
         self._retained: dict[str, bytes] = {}
 
     def open(
@@ -46,14 +49,23 @@ class MemoryNetwork:
         with self._lock:  # so that nothing newer overtakes what was retained
             if node not in self._nodes:
                 self._nodes.append(node)
-                for topic, payload in list(self._retained.items()):
-                    node.offer(topic, payload)
+                for topic in node.topics:
+                    self._by_topic.setdefault(topic, []).append(node)
+                if node.patterns:
+                    self._by_pattern.append(node)
+                wanted = self._retained if node.patterns else node.topics & self._retained.keys()
+                for topic in list(wanted):
+                    node.offer(topic, self._retained[topic])
         node.connected()
 
     def _leave(self, node: _MemoryTransport) -> None:
         with self._lock:
             if node in self._nodes:
                 self._nodes.remove(node)
+                for topic in node.topics:
+                    self._by_topic[topic].remove(node)
+                if node.patterns:
+                    self._by_pattern.remove(node)
 
     def _publish(self, topic: str, payload: bytes, retain: bool) -> None:
         with self._lock:
@@ -61,7 +73,8 @@ class MemoryNetwork:
                 self._retained[topic] = payload
             elif retain:
                 self._retained.pop(topic, None)
-            nodes = list(self._nodes)
+            exact = self._by_topic.get(topic, [])
+            nodes = [*exact, *(node for node in self._by_pattern if node not in exact)]
         for node in nodes:
             node.offer(topic, payload)
 
@@ -71,7 +84,8 @@ class _MemoryTransport:
         self, hub: MemoryNetwork, filters: list[str], deliver: Deliver, connected: Connected
     ) -> None:
         self._hub = hub
-        self._filters = filters
+        self.patterns = [f for f in filters if "+" in f or "#" in f]
+        self.topics = {*filters} - {*self.patterns}
         self._deliver = deliver
         self.connected = connected
 
@@ -85,5 +99,5 @@ class _MemoryTransport:
         self._hub._leave(self)
 
     def offer(self, topic: str, payload: bytes) -> None:
-        if any(matches(pattern, topic) for pattern in self._filters):
+        if topic in self.topics or any(matches(pattern, topic) for pattern in self.patterns):
             self._deliver(topic, payload)

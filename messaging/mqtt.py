@@ -33,6 +33,7 @@ _SCHEMES = {"mqtt": (1883, False), "mqtts": (8883, True)}
 _INFLIGHT_MESSAGES = 10  # HiveMQ's Receive Maximum, the least of the common brokers
 _QUEUED_MESSAGES = 256  # of at most one chunk each
 _PACKET_OVERHEAD = 10  # bytes of a PUBLISH besides topic and payload
+_FILTERS_A_PACKET = 500  # of at most a hundred bytes each
 _ROOM_SECONDS = 30.0
 _LEAVE_SECONDS = 5.0
 
@@ -211,6 +212,7 @@ class _MqttTransport:
         self._address = address
         self._access = access
         self._filters = filters
+        self._unanswered: dict[int, list[str]] = {}  # subscriptions, by the number of their packet
         self._deliver = deliver
         self._connected = connected
         self._flow = threading.Condition()
@@ -314,17 +316,23 @@ class _MqttTransport:
         log.info("connected to %s", self._address)
         if self._filters:
             options = SubscribeOptions(qos=1)
-            client.subscribe([(pattern, options) for pattern in self._filters])
+            self._unanswered.clear()  # of a connection that is gone
+            for start in range(0, len(self._filters), _FILTERS_A_PACKET):
+                some = self._filters[start : start + _FILTERS_A_PACKET]
+                _, number = client.subscribe([(pattern, options) for pattern in some])
+                if number is not None:
+                    self._unanswered[number] = some
         else:
             self._tell(self._connected)
 
     def _on_subscribe(
-        self, _client: paho.Client, _userdata: Any, _mid: int, reasons: Any, _properties: Any
+        self, _client: paho.Client, _userdata: Any, mid: int, reasons: Any, _properties: Any
     ) -> None:
-        for pattern, reason in zip(self._filters, reasons, strict=False):
+        for pattern, reason in zip(self._unanswered.pop(mid, []), reasons, strict=False):
             if reason.is_failure:
                 log.error("broker %s refused to send '%s': %s", self._address, pattern, reason)
-        self._tell(self._connected)
+        if not self._unanswered:
+            self._tell(self._connected)
 
     def _on_pre_connect(self, client: paho.Client, _userdata: Any) -> None:
         self._accepted = False

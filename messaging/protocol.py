@@ -50,6 +50,7 @@ Stage = Literal["instruction", "reward", "alignment"]
 Objective = Literal["helpfulness", "harmlessness"]
 Precision = Literal["fp32", "bf16", "int8", "int8-dynamic", "nf4"]
 Codec = Literal["fp32", "fp16", "int8", "int4"]
+Part = Literal["training", "generation", "evaluation", "codec", "disk"]
 Outcome = Literal["aggregated", "late", "lost", "rejected", "skipped", "none"]
 
 
@@ -251,6 +252,7 @@ class Offer(_FromDevice):
     """An update is ready. Sent again with the same blob, it resumes.
 
     With ``url``, the blob lies there to be fetched, and no chunk travels over the broker.
+    ``spent`` are seconds of the device's own clock, by part of the work; for looking at only.
     """
 
     kind: Literal["OFFER"] = "OFFER"
@@ -264,6 +266,7 @@ class Offer(_FromDevice):
     codec: Codec
     costs: Costs
     url: Url | None = None
+    spent: dict[Part, Amount] = {}
 
 
 class Want(_FromDevice):
@@ -279,7 +282,8 @@ class Report(_FromDevice):
 
     ``stage`` and ``phase`` are the task's: one round is measured again when it is taken back, and
     where the next stage begins. ``others_*`` are of held-out examples of other clients, and
-    ``kept_steps`` are those of the round's training that early stopping kept.
+    ``kept_steps`` are those of the round's training that early stopping kept. ``spent`` as in
+    OFFER.
     """
 
     kind: Literal["REPORT"] = "REPORT"
@@ -296,6 +300,7 @@ class Report(_FromDevice):
     others_accuracy: Share | None = None
     kept_steps: Count | None = None
     costs: Costs
+    spent: dict[Part, Amount] = {}
 
 
 class StateRef(Record):

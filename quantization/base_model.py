@@ -5,9 +5,11 @@ Shape letters: B batch, T tokens, D model width.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,16 +104,34 @@ def _line(err: Exception) -> str:
     return f"{str(err).strip()}\n".splitlines()[0][:200]
 
 
+def _reader(folder: Path) -> Any:
+    """Return what reads a folder's tokenizer: the class that it names, or what finds one.
+
+    What finds one imports most of the library, 3 s of a worker's start.
+    """
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+        if config["tokenizer_class"] == "PreTrainedTokenizerFast" and "auto_map" not in config:
+            from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast
+    except (OSError, ValueError, KeyError, TypeError, ImportError):  # 5.x has it elsewhere
+        pass
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
 def load_tokenizer(identity: BaseIdentity) -> Any:
     """Return a base's tokenizer.
 
     Raises:
         BaseModelError: If it is damaged, names no end token, or does not fit the weights.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(identity.tokenizer_folder, local_files_only=True)
+        tokenizer = _reader(identity.tokenizer_folder).from_pretrained(
+            identity.tokenizer_folder, local_files_only=True
+        )
     except Exception as err:  # the library raises a bare one for a damaged file
         raise BaseModelError(
             f"the tokenizer of {identity.tokenizer_folder} cannot be read: {_line(err)}"

@@ -1,6 +1,7 @@
 """A GPT-2's checkpoint on disk: what it computes, and whether its tensors are all there.
 
 Tensors are called as in ``h.0.ln_1.weight``, whether the file says ``transformer.`` before or not.
+Who only looks through one, as the process does that starts the workers of a fleet, loads no torch.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from quantization.errors import BaseModelError
 from quantization.identity import BaseIdentity, require_gpt2
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: ``approximate`` of ``torch.nn.functional.gelu`` for each activation that is computed here.
 GELU: dict[str, Literal["tanh", "none"]] = {
@@ -75,20 +76,20 @@ def look_through(identity: BaseIdentity) -> Checkpoint:
     path = identity.folder / "config.json"
     config: dict[str, Any] = json.loads(path.read_text())
     heads, epsilon, gelu = _read_config(path, config, identity.shape.width)
-    with _open(identity) as file:
+    with _open(identity, "np") as file:  # names and shapes need no torch
         names = set(file.keys())
         prefix = _PREFIX if any(name.startswith(_PREFIX) for name in names) else ""
         _check_tensors(identity, file, names, prefix)
-        _check_head(identity, config, file, names, prefix)
+        _check_head(identity, config, names, prefix)
     return Checkpoint(identity=identity, prefix=prefix, heads=heads, epsilon=epsilon, gelu=gelu)
 
 
-def _open(identity: BaseIdentity) -> Any:
+def _open(identity: BaseIdentity, framework: str = "pt") -> Any:
     from safetensors import SafetensorError, safe_open
 
     path = identity.folder / "model.safetensors"
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework=framework)
     except (OSError, SafetensorError) as err:
         words = f"{str(err).strip()}\n".splitlines()[0][:200]
         raise BaseModelError(f"{path} cannot be read: {words}; give another checkpoint") from err
@@ -172,13 +173,14 @@ def _check_tensors(identity: BaseIdentity, file: Any, names: set[str], prefix: s
 
 
 def _check_head(
-    identity: BaseIdentity, config: dict[str, Any], file: Any, names: set[str], prefix: str
+    identity: BaseIdentity, config: dict[str, Any], names: set[str], prefix: str
 ) -> None:
     """The head must be the embedding, since one matrix is held for both."""
     tied = config.get("tie_word_embeddings", True)
     if _HEAD in names:
-        head, embedding = file.get_tensor(_HEAD), file.get_tensor(prefix + _EMBEDDING)
-        tied = head.shape == embedding.shape and torch.equal(head, embedding)
+        with _open(identity) as file:
+            head, embedding = file.get_tensor(_HEAD), file.get_tensor(prefix + _EMBEDDING)
+        tied = head.shape == embedding.shape and bool(head.equal(embedding))
     if not tied:
         raise BaseModelError(
             f"{identity.folder} has a head of its own ('{_HEAD}' is not '{prefix}{_EMBEDDING}'); "

@@ -8,13 +8,12 @@ import importlib.util
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from cloud_aggregator.emulation.airtime import airtime_lines
 from cloud_aggregator.emulation.broker_watch import watch_broker
-from cloud_aggregator.emulation.fleet import WorkerSpec
 from cloud_aggregator.emulation.plan import (
     check_plan_memory,
     plan_run,
@@ -38,6 +37,9 @@ from messaging.memory import MemoryNetwork
 from messaging.mqtt import MqttNetwork
 from messaging.transport import Network
 from quantization.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from edge_client.host import Host
 
 Notify = Callable[..., None]
 
@@ -69,6 +71,8 @@ def emulate(
         StoreError: If its store cannot be read or written.
     """
     require_edge()
+    if experiment.engine == "ray":
+        require("ray", "engine 'ray' emulates on a cluster of it", extra="ray")
     check_experiment(experiment, "experiment")
     folder = RunFolder(new_place(experiment) if out is None else out)
     _check_folder(folder, experiment, resume=resume)
@@ -89,6 +93,13 @@ def emulate(
         for listener in (tracked, notify):
             listener("plan", record=record, clients=devices, broken=planned.dataset.broken)
         notify("airtime", lines=airtime_lines(experiment, planned.identity, planned.fleet))
+        if experiment.engine == "ray":
+            from cloud_aggregator.emulation.ray_fleet import ray_session
+
+            # before on_start: Ray takes signals for itself
+            stack.enter_context(
+                ray_session(experiment.address, planned.workers * experiment.threads)
+            )
         network, url = stack.enter_context(_network(experiment))
         pool: list[WorkerPool] = []
         keys = _keys(experiment, record.run)
@@ -103,14 +114,21 @@ def emulate(
             keys=keys,
         )
         on_start(aggregator)
-        specs = worker_specs(planned)
-        if url is None:
-            stack.enter_context(_in_this_process(specs[0], network, aggregator))
+        if url is not None and experiment.broker is None:
+            stack.enter_context(watch_broker(url, aggregator.fail))
+        if experiment.engine == "ray":
+            from cloud_aggregator.emulation.ray_fleet import make_ray_host
+
+            stack.enter_context(_in_this_process(make_ray_host(planned, network), aggregator))
+        elif url is None:
+            from cloud_aggregator.emulation.worker import make_host
+
+            host = make_host(worker_specs(planned)[0], network)
+            stack.enter_context(_in_this_process(host, aggregator))
         else:
+            specs = worker_specs(planned)
             pool.append(WorkerPool(specs, url, folder.path / "workers", aggregator.fail, keys))
             stack.callback(pool[0].close)
-            if experiment.broker is None:
-                stack.enter_context(watch_broker(url, aggregator.fail))
         return aggregator.run()
 
 
@@ -161,19 +179,24 @@ def require_edge() -> None:
         MissingExtraError: Naming the extra.
     """
     for name in ("torch", "transformers", "peft"):
-        if importlib.util.find_spec(name) is None:
-            raise MissingExtraError(
-                f"emulated devices train with {name}, which is not installed: "
-                "`pip install 'pwff[edge]'`"
-            )
+        require(name, "emulated devices train with it", extra="edge")
+
+
+def require(package: str, why: str, *, extra: str) -> None:
+    """Say what to install where a package is not there.
+
+    Raises:
+        MissingExtraError: Naming the extra.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtraError(
+            f"{package} is not installed, and {why}: `pip install 'pwff[{extra}]'`"
+        )
 
 
 @contextlib.contextmanager
-def _in_this_process(spec: WorkerSpec, network: Network, aggregator: Aggregator) -> Iterator[None]:
-    """Host the clients on a thread of this process (transport ``memory``)."""
-    from cloud_aggregator.emulation.worker import make_host
-
-    host = make_host(spec, network)
+def _in_this_process(host: Host, aggregator: Aggregator) -> Iterator[None]:
+    """Host the clients on a thread of this process."""
 
     def run() -> None:
         try:

@@ -34,6 +34,7 @@ from edge_client.preflight import (
     step_shape,
 )
 from messaging.layout import joint_sha256
+from quantization.checkpoint import look_through
 from quantization.identity import BaseIdentity, binding, identify, require_gpt2
 
 _GATHER_SECONDS = 300.0
@@ -86,8 +87,6 @@ def check_plan_memory(planned: Planned) -> None:
     Raises:
         NotEnoughMemoryError: If the workers would take more than is free.
     """
-    from quantization.checkpoint import look_through  # needs torch
-
     experiment, fleet, workers = planned.experiment, planned.fleet, planned.workers
     if planned.identity.shape.family != GPT2:
         return  # what the library's step takes is not modelled
@@ -141,7 +140,7 @@ def _check_unchanged(record: RunRecord, planned: Planned) -> None:
 
 
 def _worker_count(experiment: Experiment) -> int:
-    if experiment.transport == "memory":
+    if experiment.engine == "local" and experiment.transport == "memory":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     wanted = experiment.workers or max(1, (cores or 1) // experiment.threads)
@@ -158,7 +157,8 @@ def run_record(planned: Planned, *, resume: bool) -> RunRecord:
     if resume:
         record = read_record(planned.folder.path)
         _check_unchanged(record, planned)
-        record.workers, record.transport = planned.workers, experiment.transport
+        record.engine, record.workers = experiment.engine, planned.workers
+        record.transport = experiment.transport
         return record
     return RunRecord(
         version=version("pwff"),
@@ -237,40 +237,52 @@ def _cohort(experiment: Experiment) -> CohortRule | None:
 
 
 def worker_specs(planned: Planned) -> list[WorkerSpec]:
-    """Deal the clients out, heaviest first, to the worker with the least to do."""
-    experiment = planned.experiment
+    """Deal the clients out, those with the most to do first, to the worker with the least."""
     shares: list[list[ClientSpec]] = [[] for _ in range(planned.workers)]
-    load = [0] * planned.workers
-    heavy = sorted(
-        planned.fleet.clients, key=lambda c: (-c.device.trainable_parameters, c.device.id)
-    )
-    for client in heavy:
+    load = [0.0] * planned.workers
+    weights = {c.device.id: turn_weight(planned, c) for c in planned.fleet.clients}
+    for client in sorted(planned.fleet.clients, key=lambda c: (-weights[c.device.id], c.device.id)):
         least = load.index(min(load))
         shares[least].append(client)
-        load[least] += client.device.base_bytes // 4 + client.device.trainable_parameters
-    return [
-        WorkerSpec(
-            run=experiment.run_name,
-            run_folder=str(planned.folder.path.resolve()),
-            model=experiment.model,
-            binding=planned.binding,
-            stages=experiment.stage_names,
-            seed=experiment.seed,
-            data=experiment.data,
-            data_sha256=planned.dataset.sha256,
-            preferences=preference_sources(experiment),
-            prompts=experiment.prompts,
-            hashes=planned.preferences.hashes,
-            trunk_precision=experiment.trunk_precision,
-            placement=experiment.placement,
-            adapter_size=experiment.adapter_size,
-            lora_rank=planned.fleet.modules.lora_rank,
-            threads=experiment.threads,
-            chunk_bytes=experiment.chunk_bytes,
-            method=experiment.method,
-            priced=planned.fleet.priced,
-            private=experiment.privacy is not None,
-            clients=sorted(share, key=lambda c: c.device.id),
-        )
-        for share in shares
-    ]
+        load[least] += weights[client.device.id]
+    return [fleet_spec(planned, sorted(share, key=lambda c: c.device.id)) for share in shares]
+
+
+def turn_weight(planned: Planned, client: ClientSpec) -> float:
+    """Return about how long a client's turn takes, beside another's: rows through the model.
+
+    A row that is trained on counts for three that are read; what trains counts with the base.
+    """
+    experiment, device = planned.experiment, client.device
+    steps = experiment.steps_of(experiment.stage_names[0])
+    trained = 3 * steps * min(experiment.batch_size, device.examples)
+    size = planned.identity.parameters + device.trainable_parameters
+    return (trained + device.held_out_examples) * size / planned.identity.parameters
+
+
+def fleet_spec(planned: Planned, clients: list[ClientSpec]) -> WorkerSpec:
+    """Return what a worker is told that hosts these clients."""
+    experiment = planned.experiment
+    return WorkerSpec(
+        run=experiment.run_name,
+        run_folder=str(planned.folder.path.resolve()),
+        model=experiment.model,
+        binding=planned.binding,
+        stages=experiment.stage_names,
+        seed=experiment.seed,
+        data=experiment.data,
+        data_sha256=planned.dataset.sha256,
+        preferences=preference_sources(experiment),
+        prompts=experiment.prompts,
+        hashes=planned.preferences.hashes,
+        trunk_precision=experiment.trunk_precision,
+        placement=experiment.placement,
+        adapter_size=experiment.adapter_size,
+        lora_rank=planned.fleet.modules.lora_rank,
+        threads=experiment.threads,
+        chunk_bytes=experiment.chunk_bytes,
+        method=experiment.method,
+        priced=planned.fleet.priced,
+        private=experiment.privacy is not None,
+        clients=clients,
+    )

@@ -91,6 +91,7 @@ class WorkerPool:
                     )
                     return
                 worker.restarts += 1
+                _let_go(worker.process)
                 log.warning("a worker ended with %d and is started again", code)
                 worker.process = _start(worker.command, worker.environment, worker.log_path)
 
@@ -121,8 +122,7 @@ class WorkerPool:
             except subprocess.TimeoutExpired:
                 worker.process.kill()
                 worker.process.wait()
-            if worker.process.stdin is not None:
-                worker.process.stdin.close()
+            _let_go(worker.process)
         for watcher in self._watchers:
             watcher.join()
 
@@ -138,6 +138,11 @@ def _start(
             stderr=subprocess.STDOUT,
             env=environment,
         )
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 def _last_line(path: Path) -> str:

@@ -39,6 +39,7 @@ from edge_client.progress import Interruption
 from edge_client.reward.judging import Judging
 from edge_client.stage_work import GlobalStates, Measured, Trained
 from edge_client.state import ClientState, StateStore
+from edge_client.stopwatch import timed
 from messaging.layout import Tensors, Vector
 from messaging.protocol import AlignmentSettings, Preference, ResponseFigures, Task
 
@@ -132,14 +133,15 @@ class AlignmentWork:
         measured = self._instructions.evaluate(task, state, states)
         asked = self._prompts(self._data.held_out_prompts[: settings.held_out_prompts], task)
         model = self._model
-        answers = generate(
-            model,
-            asked,
-            most_tokens=settings.max_new_tokens,
-            temperature=0.0,
-            end_token=model.base.end_token,
-            generator=None,
-        )
+        with timed("generation"):
+            answers = generate(
+                model,
+                asked,
+                most_tokens=settings.max_new_tokens,
+                temperature=0.0,
+                end_token=model.base.end_token,
+                generator=None,
+            )
         rollouts = self._judged(asked, answers, states)
         found = measure(model, rollouts, reference, _ppo_settings(settings, task, len(rollouts)))
         figures = ResponseFigures(
@@ -312,14 +314,15 @@ class AlignmentWork:
         chosen = chooser.choice(len(prompts), wanted, replace=len(prompts) < wanted)
         asked = self._prompts([prompts[i] for i in np.repeat(chosen, samples)], task)
         model = self._model
-        answers = generate(
-            model,
-            asked,
-            most_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            end_token=model.base.end_token,
-            generator=stream(task.seed, "rollouts", *words),
-        )
+        with timed("generation"):
+            answers = generate(
+                model,
+                asked,
+                most_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                end_token=model.base.end_token,
+                generator=stream(task.seed, "rollouts", *words),
+            )
         return self._judged(asked, answers, states)
 
     def _judged(

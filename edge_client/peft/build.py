@@ -9,7 +9,7 @@ from device_profiles.families import FAMILIES, GPT2
 from edge_client.peft.packed_model import PackedModel
 from edge_client.peft.tuned_model import TunedModel
 from quantization.base_model import load_base
-from quantization.frozen_gpt2 import load_frozen
+from quantization.frozen_gpt2 import FrozenBase, load_frozen
 from quantization.identity import BaseIdentity, require_gpt2
 
 log = logging.getLogger(__name__)
@@ -18,12 +18,15 @@ log = logging.getLogger(__name__)
 Tunable = PackedModel | TunedModel
 
 
-def build_model(identity: BaseIdentity, precision: str, **modules: Any) -> Tunable:
+def build_model(
+    identity: BaseIdentity, precision: str, base: FrozenBase | None = None, **modules: Any
+) -> Tunable:
     """Return a model: packed for a GPT-2; plain, padded and in fp32 for another family.
 
     Args:
         identity: Of the base.
         precision: That it is held in.
+        base: A GPT-2 in that precision, if it is loaded already.
         modules: What is on it: ``adapter_size``, ``placement``, ``lora_count``, ``lora_rank``.
 
     Raises:
@@ -31,7 +34,7 @@ def build_model(identity: BaseIdentity, precision: str, **modules: Any) -> Tunab
         BaseModelError: If the base is not usable.
     """
     if identity.shape.family == GPT2:
-        return PackedModel(load_frozen(identity, precision), **modules)
+        return PackedModel(base or load_frozen(identity, precision), **modules)
     if precision != "fp32":
         require_gpt2(identity, f"precision '{precision}'")
     log.warning(

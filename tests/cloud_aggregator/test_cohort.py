@@ -14,7 +14,7 @@ from device_profiles.seeds import stream
 from device_profiles.selection import jain_index
 from messaging.protocol import Channel, DeviceRecord
 
-Selection = Literal["uniform", "best-channel", "proportional-fair"]
+Selection = Literal["uniform", "best-channel", "proportional-fair", "utility"]
 
 SNR_DB = {"a": 0.0, "b": 5.0, "c": 10.0, "d": 15.0, "e": 20.0}
 
@@ -77,7 +77,10 @@ def course(selection: Selection, rounds: int, size: int = 2) -> list[list[str]]:
     rule = CohortRule(size=size, selection=selection, seed=3)
     records: list[RoundRecord] = []
     for number in range(1, rounds + 1):
-        records.append(record(number, choose_cohort(rule, DEVICES, records)))
+        done = record(number, choose_cohort(rule, DEVICES, records))
+        for client in done.clients:
+            client.train_loss = 1.0 if client.id in done.accepted else None
+        records.append(done)
     return [r.accepted for r in records]
 
 
@@ -85,7 +88,7 @@ def fairness(cohorts: list[list[str]]) -> float:
     return jain_index([sum(name in cohort for cohort in cohorts) for name in DEVICES])
 
 
-@pytest.mark.parametrize("selection", ["uniform", "best-channel", "proportional-fair"])
+@pytest.mark.parametrize("selection", ["uniform", "best-channel", "proportional-fair", "utility"])
 def test_a_cohort_has_its_size_in_client_order_and_nobody_twice(selection: Selection) -> None:
     for cohort in course(selection, 5, size=3):
         assert len(cohort) == 3
@@ -126,3 +129,39 @@ def test_a_device_whose_battery_is_empty_is_not_asked() -> None:
     assert able(DEVICES, rounds) == ["b", "c", "d", "e"]
     rule = CohortRule(size=5, selection="uniform", seed=3)
     assert choose_cohort(rule, DEVICES, rounds) == ["b", "c", "d", "e"]
+
+
+# -- by utility ------------------------------------------------------------------------------------
+
+
+def trained(loss: dict[str, float], seconds: dict[str, float]) -> RoundRecord:
+    """Return a first round in which everybody trained."""
+    done = record(1, list(DEVICES))
+    for client in done.clients:
+        client.train_loss = loss[client.id]
+        client.compute_seconds = seconds[client.id]
+    return done
+
+
+def test_utility_asks_those_whose_loss_is_highest_once_all_were_tried() -> None:
+    rule = CohortRule(size=2, selection="utility", seed=3)
+    alike = dict.fromkeys(DEVICES, 10.0)
+    losses = {"a": 1.0, "b": 90.0, "c": 1.0, "d": 100.0, "e": 1.0}
+    # nobody is new; 0.95 of the second best, 85.5, is what two exceed
+    assert choose_cohort(rule, DEVICES, [trained(losses, alike)]) == ["b", "d"]
+
+
+def test_utility_leaves_out_who_is_slow_unless_its_loss_makes_up_for_it() -> None:
+    rule = CohortRule(size=1, selection="utility", seed=3)
+    losses = {"a": 1.0, "b": 5.0, "c": 1.0, "d": 100.0, "e": 1.0}
+    slow = {"a": 10.0, "b": 10.0, "c": 10.0, "d": 100.0, "e": 10.0}
+    # ten times the median: a hundredth of its worth, 1 against 5
+    assert choose_cohort(rule, DEVICES, [trained(losses, slow)]) == ["b"]
+    # twice the median: a quarter, 25 against 5
+    assert choose_cohort(rule, DEVICES, [trained(losses, slow | {"d": 20.0})]) == ["d"]
+
+
+def test_utility_tries_everybody_and_chooses_again_as_it_did() -> None:
+    cohorts = course("utility", 12)
+    assert {name for cohort in cohorts for name in cohort} == set(DEVICES)
+    assert cohorts == course("utility", 12)

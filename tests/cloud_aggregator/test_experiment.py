@@ -66,7 +66,7 @@ def test_an_unknown_key_is_told_with_file_and_nearest(tmp_path: Path) -> None:
         ("channel", "wire"),
         ("priced_at", "gpt2-large"),
         ("priced_lora_rank", 7.5),
-        ("engine", "ray"),
+        ("engine", "spark"),
         ("chunk_bytes", 1023),
     ],
 )

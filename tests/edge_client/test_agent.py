@@ -97,7 +97,7 @@ class _Local:
 class Device:
     """An agent, what it published, and the work that it wants done."""
 
-    def __init__(self, local: _Local | None = None) -> None:
+    def __init__(self, local: _Local | None = None, **settings: Any) -> None:
         self.local = local or _Local()
         self.published: list[tuple[str, bytes, bool]] = []
         self.work: list[Callable[[], Result]] = []
@@ -106,6 +106,7 @@ class Device:
             binding=BINDING,
             publish=lambda *packet: self.published.append(packet),
             start_work=self.work.append,
+            **settings,
         )
 
     def hear(self, message: Message, now: float = 0.0) -> None:
@@ -407,6 +408,33 @@ def test_an_update_is_kept_after_done_for_an_aggregator_that_lost_it(device: Dev
     device.hear(grant())
     assert device.said() == [0, 1, 2, 3, 4, 5]
     assert len(device.local.performed) == 1
+
+
+def test_an_update_that_is_not_kept_is_made_again_for_an_aggregator_that_lost_it() -> None:
+    device = Device(keeps_results=False)
+    task = a_task(CLIENT)
+    offer = device.offer()
+    device.hear(grant())
+    device.said()
+    device.hear(DONE)
+    device.hear(task)
+    assert device.said() == []
+    device.finish_work()
+    assert device.says(Offer) == offer
+    assert len(device.local.performed) == 2
+
+
+def test_a_global_state_that_two_devices_hold_is_in_memory_once() -> None:
+    held: dict[str, Any] = {}
+    devices = [Device(held=held) for _ in range(2)]
+    blob = a_state()
+    for device in devices:
+        device.hear(a_task(CLIENT, state=ref_to(blob)))
+        device.download(blob)
+        device.finish_work()
+    one, other = (device.local.performed[0][1] for device in devices)
+    assert one is not None
+    assert one is other
 
 
 def test_a_report_is_said_again(device: Device) -> None:

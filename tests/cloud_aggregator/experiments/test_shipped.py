@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cloud_aggregator.emulation.emulate import emulate
 from cloud_aggregator.emulation.plan import plan_run
 from cloud_aggregator.experiment import load_experiment
 from cloud_aggregator.experiments import about, find_experiment, listing, shipped
@@ -46,6 +47,22 @@ def test_a_run_of_each_could_begin(name: str, tmp_path: Path) -> None:
     assert len(planned.fleet.clients) == experiment.clients
     assert all(client.train and client.held_out for client in planned.fleet.clients)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_small_round_of_each_is_done(name: str, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """With its own fleet, data split, link, codec, selection and deadline; fewer of everything."""
+    few = {"clients": 6, "rounds": 1, "local_steps": 1, "held_out_share": 0.02}
+    how = {"model": str(tiny_checkpoint), "data": "kit", "max_length": 64, "transport": "memory"}
+    options: dict[str, object] = {**few, **how}
+    path = find_experiment(name)
+    if load_experiment(path, {}).cohort is not None:
+        options["cohort"] = 3
+    if name == "straggler-storm":
+        options["deadline_seconds"] = 3600.0  # three phones may be all that is asked
+    record = emulate(load_experiment(path, options), tmp_path / "run")
+    assert (record.status, len(record.rounds), len(record.clients)) == ("done", 1, 6)
+    assert record.rounds[0].accepted
 
 
 def test_half_the_fleet_of_the_storm_are_phones(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cloud_aggregator.closing import closing_lines
 from cloud_aggregator.fairness import fairness_lines
 from cloud_aggregator.records import ClientBefore, Summary
+from cloud_aggregator.reports.build import fairness_of
 from cloud_aggregator.summary import summarise, worst_decile
 from tests.cloud_aggregator.reports.conftest import make_run
 
@@ -45,3 +48,21 @@ def test_the_gap_and_jains_index_are_of_each_clients_last_results() -> None:
 
 def test_what_was_not_measured_is_not_spoken_of() -> None:
     assert fairness_lines(Summary()) == []
+
+
+def test_a_report_says_it_of_each_run_by_its_folder(tmp_path: Path) -> None:
+    folders = []
+    for name, accuracy in (("one", 0.4), ("two", 0.3)):
+        run = make_run({"a": [0.1, accuracy], "b": [0.1, accuracy]})
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "run.json").write_text(run.model_dump_json(by_alias=True))
+        folders.append(folder)
+    assert fairness_of(folders[:1]) == [
+        "The lowest tenth of the clients has 40.0 % on average; Jain's index of their accuracies "
+        "is 1.000 (1: all alike)."
+    ]
+    assert [line.partition(" on average")[0] for line in fairness_of(folders)] == [
+        "one: The lowest tenth of the clients has 40.0 %",
+        "two: The lowest tenth of the clients has 30.0 %",
+    ]

@@ -183,6 +183,7 @@ def test_in_deployment_a_late_update_is_stored_and_counts_in_the_next_round(stag
         counting=Counting(max_staleness=2),
         virtual_time=False,
         clients=2,
+        minimum_clients=2,
         rules=RoundRules(quorum=0.5, deadline_seconds=100.0),
     )
     thread = stage.start(stage.aggregator(settings, events=events, clock=clock))

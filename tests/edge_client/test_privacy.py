@@ -35,6 +35,10 @@ FULL = Result(
         )
     },
     responses=ResponseFigures(responses=3, scores={}, tokens=7.0, ended=1.0),
+    url="file:///store/update",
+    others_loss=2.75,
+    others_accuracy=0.125,
+    kept_steps=2,
 )
 
 

@@ -14,17 +14,20 @@ PINS := $(VENV)/constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench format install doctor clean
+.PHONY: help demo test test-faults check bench format install doctor audit clean
 
 help: ## list the targets
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "  PYTHON=python3.11 names the interpreter, TORCH_INDEX=URL the package index for torch."
 
 demo: $(STAMP) ## run a fleet of emulated devices over MQTT, with all defaults, and name the report
 	$(BIN)/pwff emulate
 
-test: $(STAMP) ## run every test
-	$(BIN)/python -m pytest
+test: $(STAMP) ## run every test but those of test-faults
+	$(BIN)/python -m pytest -m "not faults"
+
+test-faults: $(STAMP) ## kill, cut and spoil a run in every way, on a real mosquitto
+	$(BIN)/python -m pytest -m faults tests/faults
 
 check: $(STAMP) ## hold style, types and the direction of imports
 	$(BIN)/ruff check
@@ -43,6 +46,11 @@ install: $(STAMP) ## make the environment in .venv
 
 doctor: $(STAMP) ## say what is installed, what works and what to install
 	$(BIN)/pwff doctor
+
+audit: $(STAMP) ## ask PyPI whether a weakness of an installed package is known
+	@"$(PYTHON)" -m venv build/audit
+	@build/audit/bin/python -m pip --disable-pip-version-check --quiet install pip-audit
+	build/audit/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
 
 clean: ## remove the environment and all caches; runs stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -24,6 +24,7 @@ COMMANDS = {
     "prefer": ("edge_client.prefer_command", "rank two answers of the device's own model"),
     "report": ("cloud_aggregator.cli", "report.html of one run, or a comparison of several"),
     "devices": ("edge_client.devices_command", "which devices are known, what each would do"),
+    "certs": ("cloud_aggregator.certs_command", "certificates, keys and rules of a deployment"),
     "doctor": ("edge_client.cli", "what is installed, what works, what to install"),
     "pretrain": ("edge_client.cli", "train a small GPT-2 base from text files"),
 }

@@ -1,20 +1,23 @@
 """The protocol against raw MQTT: one 2.3 MB update, granted and verified, and the same bytes bare.
 
-    python benchmarks/transport.py
+    python benchmarks/transport.py --repeats 40
 
-Both go through the same embedded broker at the same chunk size and QoS 1, in turn, from one
-connection to another in this process. Absolute figures drift on shared machines: the ratio counts.
+The device is a process of its own, as it is. Both ways go through the same embedded broker at the
+same chunk size and QoS 1, in turn: raw publishes every chunk and is over when all have come; the
+protocol is over when the aggregator's desk has verified the hash and said DONE. Absolute figures
+drift on shared machines: the ratio counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import multiprocessing
 import os
 import queue
 import statistics
 import time
-from collections.abc import Callable
+from typing import Any
 
 from messaging import topics
 from messaging.broker import embedded_broker, embedded_kind
@@ -25,10 +28,10 @@ from messaging.transfer import Upload, UploadDesk, UploadLimits
 
 RUN, CLIENT = "bench", "laptop-1"
 BYTES = 4 * 580_968
+COUNT = chunk_count(BYTES, CHUNK_BYTES)
 WAIT = 60.0
 
-Inbox = queue.Queue[tuple[str, bytes]]
-Send = Callable[[str, bytes], None]
+Inbox = queue.SimpleQueue[tuple[str, bytes]]
 
 
 class Memory:
@@ -40,94 +43,131 @@ class Memory:
     def write(self, offset: int, payload: bytes) -> None:
         self.blob[offset : offset + len(payload)] = payload
 
-    def finish(self) -> bytes:
-        return bytes(self.blob)
+    def finish(self) -> bytearray:
+        return self.blob
 
     def discard(self) -> None:
         self.blob = bytearray()
 
 
-def raw(blob: bytes, send: Send, inbox: Inbox) -> None:
-    """Publish every chunk and wait until all have arrived."""
-    name = hashlib.sha256(blob).hexdigest()
-    count = chunk_count(len(blob), CHUNK_BYTES)
-    for index in range(count):
-        send(topics.data(RUN, CLIENT, name), make_chunk(RUN, name, blob, index, CHUNK_BYTES))
-    for _ in range(count):
+def connect(url: str, client_id: str, filters: list[str]) -> tuple[Any, Inbox]:
+    """Return a connection whose subscriptions hold, and what arrives on it."""
+    inbox: Inbox = queue.SimpleQueue()
+    ready: queue.SimpleQueue[None] = queue.SimpleQueue()
+    transport = MqttNetwork(url).open(
+        client_id=client_id,
+        filters=filters,
+        deliver=lambda topic, payload: inbox.put((topic, payload)),
+        connected=lambda: ready.put(None),
+    )
+    transport.start()
+    ready.get(timeout=WAIT)
+    return transport, inbox
+
+
+# -- the device ------------------------------------------------------------------------------------
+
+
+def device(url: str, talk: Any) -> None:
+    """Send a fresh blob the way that is asked for, until asked for nothing."""
+    transport, inbox = connect(url, "device", [topics.down(RUN, CLIENT)])
+    talk.send("ready")
+    while way := talk.recv():
+        blob = os.urandom(BYTES)
+        talk.send("ready")
+        talk.recv()
+        name = hashlib.sha256(blob).hexdigest()
+        topic = topics.data(RUN, CLIENT, name)
+        if way == "raw":
+            for index in range(COUNT):
+                transport.publish(topic, make_chunk(RUN, name, blob, index, CHUNK_BYTES))
+            continue
+        offer = Offer(
+            run=RUN, client=CLIENT, session="0" * 16, round=1, blob=name, bytes=BYTES,
+            chunk_bytes=CHUNK_BYTES, chunks=COUNT, binding=name, layout=name, codec="fp32",
+            costs=Costs(),
+        )  # fmt: skip
+        upload = Upload(blob, offer, time.monotonic())
+        transport.publish(topics.control(RUN, CLIENT), encode(offer))
+        while True:
+            message = decode(inbox.get(timeout=WAIT)[1])
+            if isinstance(message, Grant):
+                indices = upload.granted(message, time.monotonic())
+            elif isinstance(message, Have):
+                indices = upload.acknowledged(message, time.monotonic())
+            else:
+                break  # DONE
+            for index in indices:
+                transport.publish(topic, make_chunk(RUN, name, blob, index, CHUNK_BYTES))
+    transport.close()
+
+
+# -- the aggregator --------------------------------------------------------------------------------
+
+
+def take_raw(_transport: Any, inbox: Inbox) -> None:
+    """Wait until every chunk has come."""
+    for _ in range(COUNT):
         inbox.get(timeout=WAIT)
 
 
-def granted(blob: bytes, send: Send, inbox: Inbox) -> None:
-    """Offer, grant, send within the window, verify, done: both ends in this thread."""
-    name = hashlib.sha256(blob).hexdigest()
-    offer = Offer(
-        run=RUN, client=CLIENT, session="0" * 16, round=1, blob=name, bytes=len(blob),
-        chunk_bytes=CHUNK_BYTES, chunks=chunk_count(len(blob), CHUNK_BYTES), binding=name,
-        layout=name, codec="fp32", costs=Costs(),
-    )  # fmt: skip
+def take_granted(transport: Any, inbox: Inbox) -> None:
+    """Grant, verify, and say DONE."""
+    done: list[Done] = []
+
+    def complete(offer: Offer, _blob: bytes) -> Done:
+        done.append(Done(run=RUN, client=offer.client, blob=offer.blob, status="stored"))
+        return done[0]
+
     desk = UploadDesk(
         run=RUN,
         limits=UploadLimits(),
         open_partial=lambda o: Memory(o.bytes),
-        send=lambda client, message: send(topics.down(RUN, client), encode(message)),
-        complete=lambda o, _blob: Done(run=RUN, client=o.client, blob=o.blob, status="stored"),
+        send=lambda client, message: transport.publish(topics.down(RUN, client), encode(message)),
+        complete=complete,
     )
-    upload = Upload(blob, offer, time.monotonic())
-    send(topics.control(RUN, CLIENT), encode(offer))
-    while True:
+    while not done:
         _topic, payload = inbox.get(timeout=WAIT)
         now = time.monotonic()
-        if payload[:1] != b"{":
-            desk.data(CLIENT, parse_chunk(RUN, payload), now)
-            continue
-        message = decode(payload)
-        indices: list[int] = []
-        if isinstance(message, Offer):
-            desk.offered(message, now)
-        elif isinstance(message, Grant):
-            indices = upload.granted(message, now)
-        elif isinstance(message, Have):
-            indices = upload.acknowledged(message, now)
+        if payload[:1] == b"{":
+            desk.offered(decode(payload), now)
         else:
-            return  # DONE
-        for index in indices:
-            chunk = make_chunk(RUN, name, blob, index, CHUNK_BYTES)
-            send(topics.data(RUN, CLIENT, name), chunk)
+            desk.data(CLIENT, parse_chunk(RUN, payload), now)
+
+
+WAYS = {"raw": take_raw, "granted": take_granted}
+
+
+def measure(url: str, repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of each way, in turn."""
+    talk, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=device, args=(url, theirs), daemon=True)
+    process.start()
+    transport, inbox = connect(url, "server", topics.everything_up(RUN))
+    talk.recv()
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(repeats):
+        for way, take in WAYS.items():
+            talk.send(way)
+            talk.recv()
+            began = time.perf_counter()
+            talk.send("go")
+            take(transport, inbox)
+            seconds[way].append(time.perf_counter() - began)
+    talk.send("")
+    process.join(WAIT)
+    transport.close()
+    return seconds
 
 
 def main() -> None:
     """Time both in turn and print the medians and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=40)
     arguments = parser.parse_args()
-    inbox: Inbox = queue.Queue()
     with embedded_broker() as url:
-        network = MqttNetwork(url)
-        ready: queue.Queue[None] = queue.Queue()
-        server = network.open(
-            client_id="server", filters=topics.everything_up(RUN),
-            deliver=lambda t, p: inbox.put((t, p)), connected=lambda: ready.put(None),
-        )  # fmt: skip
-        device = network.open(
-            client_id="device", filters=[topics.down(RUN, CLIENT)],
-            deliver=lambda t, p: inbox.put((t, p)), connected=lambda: ready.put(None),
-        )  # fmt: skip
-        for transport in (server, device):
-            transport.start()
-            ready.get(timeout=WAIT)
-
-        def send(topic: str, payload: bytes) -> None:
-            (server if topic.endswith("/down") else device).publish(topic, payload)
-
-        seconds: dict[str, list[float]] = {"raw": [], "granted": []}
-        for _ in range(arguments.repeats):
-            blob = os.urandom(BYTES)
-            for name, function in (("raw", raw), ("granted", granted)):
-                began = time.perf_counter()
-                function(blob, send, inbox)
-                seconds[name].append(time.perf_counter() - began)
-        device.close()
-        server.close()
+        seconds = measure(url, arguments.repeats)
     print(
         f"broker: {embedded_kind()}; {BYTES / 1e6:.1f} MB in chunks of {CHUNK_BYTES} bytes, QoS 1"
     )
@@ -135,10 +175,13 @@ def main() -> None:
         rates = [BYTES / 1e6 / v for v in values]
         low, high = min(rates), max(rates)
         print(f"{name:8} {statistics.median(rates):7.1f} MB/s (min {low:.1f}, max {high:.1f})")
-    ratio = statistics.median(
-        r / g for r, g in zip(seconds["raw"], seconds["granted"], strict=True)
+    pairs = zip(seconds["raw"], seconds["granted"], strict=True)
+    ratio = statistics.median(r / g for r, g in pairs)
+    best = min(seconds["raw"]) / min(seconds["granted"])
+    print(
+        f"the protocol reaches {ratio:.2f} of raw MQTT (median of {arguments.repeats} pairs; "
+        f"{best:.2f} between the best of each)"
     )
-    print(f"the protocol reaches {ratio:.2f} of raw MQTT (median of {arguments.repeats} pairs)")
 
 
 if __name__ == "__main__":

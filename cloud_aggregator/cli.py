@@ -138,6 +138,20 @@ def _list_experiments(ctx: click.Context, _option: click.Parameter, wanted: bool
     "--selection", metavar="NAME", help="uniform, best-channel, proportional-fair or utility."
 )
 @click.option("--upload-policy", metavar="NAME", help="at-once, or wait for good blocks (at-once).")
+@click.option(
+    "--aggregation",
+    metavar="RULE",
+    help="mean, norm-clipped, trimmed-mean, median, krum or fedbuff (mean).",
+)
+@click.option("--clip-norm", type=float, metavar="X", help="For norm-clipped.")
+@click.option("--trim-share", type=float, metavar="X", help="For trimmed-mean, at each end.")
+@click.option("--byzantine", type=int, metavar="N", help="For krum: bad updates reckoned with.")
+@click.option("--max-staleness", type=int, metavar="N", help="For fedbuff, in rounds (5).")
+@click.option("--max-norm", type=float, metavar="X", help="Above it an update is refused.")
+@click.option(
+    "--over-selection", type=float, metavar="X", help="Devices asked an update needed (1)."
+)
+@click.option("--keep-states", type=int, metavar="N", help="Global states a stage (all).")
 @click.option("--quorum", type=float, metavar="SHARE", help="Of updates that end a round (1).")
 @click.option("--deadline-seconds", type=float, metavar="S", help="Of a round, modelled (3600).")
 @click.option("--epsilon", type=float, metavar="NATS", help="Least improvement that counts (0).")

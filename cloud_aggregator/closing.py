@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from cloud_aggregator.counting_words import counting_lines
 from cloud_aggregator.progress import human_bytes, nats, percent, stage_words
 from cloud_aggregator.records import ClientRound, RunRecord
 from cloud_aggregator.stages import TAKEN_BACK
@@ -27,12 +28,14 @@ def closing_table(record: RunRecord) -> RenderableType:
 def closing_lines(record: RunRecord) -> list[str]:
     """Return the sentences that end a run, with its figures whatever they say."""
     later = _reward_lines(record) + _alignment_lines(record)
+    counted = counting_lines(record)
     s = record.summary
     if not later and (s.eval_accuracy_before is None or s.eval_accuracy_after is None):
-        return ["Held-out accuracy was not measured.", "* modelled"]
+        return ["Held-out accuracy was not measured.", *counted, "* modelled"]
     return [
         *_instruction_lines(record),
         *later,
+        *counted,
         f"{human_bytes(s.upload_bytes_total)} of updates in {len(record.rounds)} rounds; "
         f"an upload takes {s.mean_uplink_seconds:.2f} s and {s.mean_uplink_joules:.2f} J "
         "on average (modelled)."

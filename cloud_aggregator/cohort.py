@@ -1,4 +1,4 @@
-"""Who trains in a round of an emulated run: a cohort, chosen by what each client's pilot shows.
+"""Who trains in a round: a cohort, chosen by chance or by what each client's pilot shows.
 
 Everything is recomputed from the record and the run's seed, so a run that goes on after a break
 chooses as it would have. A device whose battery is empty is not asked.
@@ -29,7 +29,7 @@ Selection = Literal["uniform", "best-channel", "proportional-fair", "utility"]
 
 @dataclass(frozen=True, kw_only=True)
 class CohortRule:
-    """How many clients train in a round, and how they are chosen."""
+    """How many clients a round wants, and how those that are asked are chosen."""
 
     size: int
     selection: Selection
@@ -43,15 +43,25 @@ def able(devices: Mapping[str, DeviceRecord], rounds: Sequence[RoundRecord]) -> 
 
 
 def choose_cohort(
-    rule: CohortRule, devices: Mapping[str, DeviceRecord], rounds: Sequence[RoundRecord]
+    rule: CohortRule,
+    devices: Mapping[str, DeviceRecord],
+    rounds: Sequence[RoundRecord],
+    *,
+    size: int | None = None,
 ) -> list[str]:
     """Return the clients of the round after ``rounds``, in client order.
 
     ``proportional-fair`` divides a pilot rate by what the client had in the rounds before;
     ``utility`` goes by loss, examples and time of each client's last training (Oort).
+
+    Args:
+        rule: How they are chosen.
+        devices: Of whom.
+        rounds: So far.
+        size: How many, where more are asked than are wanted; by default the rule's.
     """
     if rule.selection == "utility":
-        return _choose_by_utility(rule, devices, rounds)
+        return _choose_by_utility(rule, devices, rounds, rule.size if size is None else size)
     names = sorted(devices)
     past = np.zeros(len(names))
     # Only one rule looks back, and one at no channel: pilots of every round before are dear.
@@ -61,12 +71,14 @@ def choose_cohort(
         past = update_past_rates(past, _pilots(rule, devices, names, number), chosen)
     number = len(rounds) + 1
     there = able(devices, rounds)
+    if not there:
+        return []
     places = [names.index(name) for name in there]
     blind = rule.selection == "uniform"
     pilots = [0.0] * len(there) if blind else _pilots(rule, devices, there, number)
     selected = select_cohort(
         rule.selection,
-        min(rule.size, len(there)),
+        min(rule.size if size is None else size, len(there)),
         stream(rule.seed, "cohort", number),
         pilot_rates=pilots,
         past_rates=past[places],
@@ -75,7 +87,10 @@ def choose_cohort(
 
 
 def _choose_by_utility(
-    rule: CohortRule, devices: Mapping[str, DeviceRecord], rounds: Sequence[RoundRecord]
+    rule: CohortRule,
+    devices: Mapping[str, DeviceRecord],
+    rounds: Sequence[RoundRecord],
+    size: int,
 ) -> list[str]:
     """Return the clients that promise most in the time that they take, and some not tried yet.
 
@@ -84,6 +99,8 @@ def _choose_by_utility(
     the last times; of who was not tried, the pilot's rate says who is fast.
     """
     there, number = able(devices, rounds), len(rounds) + 1
+    if not there:
+        return []
     last: dict[str, tuple[int, ClientRound]] = {}
     for record in rounds:
         last.update({c.id: (record.round, c) for c in record.clients if c.train_loss is not None})
@@ -102,7 +119,7 @@ def _choose_by_utility(
             round_=number,
         )
     chosen = select_by_utility(
-        min(rule.size, len(there)),
+        min(size, len(there)),
         stream(rule.seed, "cohort", number),
         worth=worth,
         seconds=seconds,
@@ -110,6 +127,12 @@ def _choose_by_utility(
         exploration=exploration_share(number),
     )
     return [there[place] for place in chosen]
+
+
+def choose_replacement(seed: int, number: int, free: Sequence[str]) -> str:
+    """Return who of those that are free is asked in a vanished client's place, each alike."""
+    names = sorted(free)
+    return names[int(stream(seed, "replacement", number, *names).integers(len(names)))]
 
 
 def _pilots(

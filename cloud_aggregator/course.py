@@ -42,11 +42,21 @@ class Course:
         self.settings = settings
         self.record = record
         self.plan = settings.stages[0]
-        self.shelf = Shelf(settings.run, self.plan.layout, folder, settings.chunk_bytes)
+        self.shelf = Shelf(
+            settings.run, self.plan.layout, folder, settings.chunk_bytes, settings.claims
+        )
         self.layouts_sha256 = joint_sha256(plan.layout for plan in settings.stages)
         self.reward: StateRef | None = None
         self.reference: StateRef | None = None
         self._policy: tuple[Vector, int] | None = None  # that instruction tuning ended with
+
+    def fit(self, largest_packet: int | None) -> bool:
+        """Cut the global states for a broker; return whether references to them have changed."""
+        if not self.shelf.fit(largest_packet):
+            return False
+        self.reward = self.shelf.current(self.reward)
+        self.reference = self.shelf.current(self.reference)
+        return True
 
     def check_order(self) -> None:
         """Refuse more rounds of a stage that a later one has been built on.
@@ -68,6 +78,11 @@ class Course:
         return [r for r in self.record.rounds if r.stage == plan.stage]
 
     @property
+    def first_round(self) -> int:
+        """Number of the first round of the stage."""
+        return 1 + sum(r.stage != self.plan.stage for r in self.record.rounds)
+
+    @property
     def must_measure_first(self) -> bool:
         """Whether the stage begins, and nothing has been measured on what it begins with."""
         stage = self.plan.stage
@@ -79,6 +94,11 @@ class Course:
             return reason
         known = {device.id: device for device in self.record.clients}
         return "" if able(known, self.record.rounds) or not known else "batteries"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every stage has ended: nothing is left to do but to say so."""
+        return all(stage_end(plan, self._rounds_of(plan)) for plan in self.settings.stages)
 
     def enter(self, plan: StagePlan) -> None:
         """Begin a stage or go on with it: put its newest global state on the shelf.
@@ -95,7 +115,9 @@ class Course:
         shelf.enter(plan.layout)
         if plan.layout.specs:
             self._put_first(plan)
-            if newest := max((r.round for r in self._rounds_of(plan) if r.accepted), default=0):
+            private = self.settings.counting.privacy is not None
+            moved = [r.round for r in self._rounds_of(plan) if private or r.moved]
+            if newest := max(moved, default=0):
                 shelf.put(shelf.load(newest), newest)
 
     def _put_first(self, plan: StagePlan) -> None:
@@ -116,6 +138,21 @@ class Course:
             for ref in (self.reward, self.reference):
                 if ref is not None:
                     shelf.pin(ref)
+
+    def prune(self) -> None:
+        """Remove the global states that the run's policy does not keep.
+
+        Of each stage the newest ``keep_states`` stay. The newest of every stage is what a run goes
+        on from, what alignment scores by and begins with, and what an export reads.
+        """
+        most = self.settings.keep_states
+        if most is None:
+            return
+        for plan in self.settings.stages:
+            made = [r.round for r in self._rounds_of(plan)]
+            there = [n for n in made if self.shelf.has(n)]
+            for number in there[:-most]:
+                self.shelf.remove(number)
 
     def weight(self, device: DeviceRecord) -> int:
         """Return by how much a device's update counts in this stage."""

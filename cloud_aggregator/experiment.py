@@ -10,15 +10,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from cloud_aggregator.counting import CountingKeys, check_counting
 from cloud_aggregator.methods import METHODS, find_method
+from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.stages import check_room
-from device_profiles.config_files import Config, check, choose, read_toml
+from device_profiles.config_files import check, choose, read_toml
 from device_profiles.errors import InputError
 from device_profiles.link import PAPER_LINK, Link, profile_link
 from device_profiles.modules import PLACEMENTS
 from device_profiles.profile import Radio
 from device_profiles.stages import STAGES, parse_stages
-from messaging.chunks import CHUNK_BYTES
+from messaging.chunks import CHUNK_BYTES, ChunkBytes
 from messaging.mqtt import parse_address
 from messaging.protocol import AlignmentSettings, Codec, Stage
 
@@ -70,7 +72,7 @@ LINK_FIELDS = (
 )
 
 
-class Experiment(Config):
+class Experiment(CountingKeys):
     """One emulated run.
 
     Attributes:
@@ -120,6 +122,7 @@ class Experiment(Config):
         epsilon: Nats by which the held-out loss must improve to count.
         patience: Rounds without improvement until training has converged; 0 for never.
         broker_port: Of the embedded broker; by default a free one.
+        aggregation: And the seven after it: see ``cloud_aggregator.counting.CountingKeys``.
         threads: Processor threads a client computes with; part of what the bits depend on.
         engine: ``local`` emulates clients on this machine, ``ray`` on a Ray cluster.
         address: Of that cluster, ``HOST:PORT`` or ``auto``; without it Ray starts on this machine.
@@ -187,7 +190,7 @@ class Experiment(Config):
     epsilon: Annotated[float, Field(ge=0)] = 0.0
     patience: Annotated[int, Field(ge=0)] = 0
     threads: Annotated[int, Field(ge=1, le=256)] = 1
-    chunk_bytes: Annotated[int, Field(ge=1024, le=262_144)] = CHUNK_BYTES
+    chunk_bytes: ChunkBytes = CHUNK_BYTES
     engine: Literal["local", "ray"] = "local"
     address: str | None = None
     workers: Annotated[int, Field(ge=0, le=256)] = 0
@@ -208,6 +211,20 @@ class Experiment(Config):
         if self.sharing in ("tdma", "fdma"):
             changes["sharers"] = self.cohort or self.clients
         return replace(link, **changes)
+
+    @property
+    def rules(self) -> RoundRules:
+        """When a training round ends."""
+        return RoundRules(
+            quorum=self.quorum,
+            deadline_seconds=self.deadline_seconds,
+            over_selection=self.over_selection,
+        )
+
+    @property
+    def wanted(self) -> int:
+        """Clients that a round is to have."""
+        return self.cohort or self.clients
 
     @property
     def stage_names(self) -> list[Stage]:
@@ -299,6 +316,14 @@ def check_experiment(experiment: Experiment, source: str) -> None:
             f"selection = '{experiment.selection}' without a cohort: every client trains in every "
             "round; give cohort, or leave selection out"
         )
+    check_counting(
+        experiment,
+        experiment.rules,
+        method=experiment.method,
+        stages=experiment.stage_names,
+        wanted=experiment.wanted,
+        has_cohort=experiment.cohort is not None,
+    )
     if experiment.priced_lora_rank is not None and experiment.priced_at == "base":
         raise InputError(
             f"priced_lora_rank = {experiment.priced_lora_rank} with priced_at 'base', which has "

@@ -20,6 +20,9 @@ class Inbox:
         take: Given topic and payload of what arrived.
         tick: Given the time about twice a second, while someone waits.
         clock: Monotonic seconds.
+
+    Attributes:
+        ticked_at: When ``tick`` was last called; none before it was.
     """
 
     def __init__(
@@ -33,13 +36,19 @@ class Inbox:
         self._tick = tick
         self._clock = clock
         # A simple queue: a signal handler may put while this thread gets.
-        self._queue: queue.SimpleQueue[tuple[str, bytes] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[str, bytes] | Callable[[], None] | None]
+        self._queue = queue.SimpleQueue()
         self._stop = threading.Event()
         self._failure: Exception | None = None
+        self.ticked_at: float | None = None
 
     def put(self, topic: str, payload: bytes) -> None:
         """Take what arrived on a topic; callable from any thread."""
         self._queue.put((topic, payload))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call ``function`` on the thread that waits, in its turn; callable from any thread."""
+        self._queue.put(function)
 
     def stop(self) -> None:
         """Make ``wait`` raise ``StoppedError``; callable from any thread or signal handler."""
@@ -64,6 +73,7 @@ class Inbox:
             if now >= deadline:
                 return False
             if now >= next_tick:
+                self.ticked_at = now
                 self._tick(now)
                 next_tick = now + _TICK_SECONDS
             try:
@@ -74,7 +84,9 @@ class Inbox:
                 raise self._failure
             if self._stop.is_set():
                 raise StoppedError
-            if event is not None:
+            if callable(event):
+                event()
+            elif event is not None:
                 self._take(*event)
         return True
 

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from cloud_aggregator.aggregation.asynchronous import StaleUpdate
-from cloud_aggregator.partials import ResumablePartial, held_pieces
+from cloud_aggregator.aggregation.robust import check_update
+from cloud_aggregator.fetches import Fetched, Fetches
+from cloud_aggregator.partials import ResumablePartial, adopt, held_pieces
 from cloud_aggregator.rounds import RoundRules, TrainingRound
 from cloud_aggregator.spool import Spool
 from cloud_aggregator.stale import Asked, ClosedRound, StaleUpdates
@@ -37,7 +37,10 @@ _LARGEST_CHANGE = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class IntakeRules:
-    """What an update of this run must be, and how many come at once."""
+    """What an update of this run must be, and how many come at once.
+
+    ``max_norm`` is the Euclidean norm of an update above which it is refused; none takes any.
+    """
 
     run: str
     binding: str
@@ -46,6 +49,7 @@ class IntakeRules:
     limits: UploadLimits
     virtual_time: bool
     round_rules: RoundRules
+    max_norm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,7 @@ class Intake:
         notify: Told of each update (event, fields).
         wanted: How many clients the quorum is a share of; by default the cohort.
         stale: Where late updates wait; without it they are left out.
+        fetches: Fetches updates that lie in a store; without it they are asked for in chunks.
 
     Attributes:
         refused: Updates that were refused once they were here whole, by code. What is refused
@@ -94,6 +99,7 @@ class Intake:
         notify: Callable[..., None],
         wanted: int | None = None,
         stale: StaleUpdates | None = None,
+        fetches: Fetches | None = None,
     ) -> None:
         self.number = number
         self.round = TrainingRound(clients, rules.round_rules, wanted=wanted)
@@ -104,6 +110,9 @@ class Intake:
         self._rules = rules
         self._spool = spool
         self._stale = stale
+        self._fetches = fetches
+        self._fetching: dict[str, str] = {}  # the blob that is being fetched for a client
+        self._unfetchable: set[str] = set()  # blobs that their store did not give
         self._began = began
         self._now = began
         self._send = send
@@ -154,11 +163,8 @@ class Intake:
         self.returned(offer.client, now)
         try:
             self._check(offer)
-            if self.round.closed_at is None:
-                self._desk.offered(offer, now)
-                return
-            if self._waits_for_late(offer):
-                self._desk.offered(offer, now)
+            if self.round.closed_at is None or self._waits_for_late(offer):
+                self._take(offer, now)
                 return
             if not self._rules.virtual_time:
                 self.round.arrived(offer.client, now - self._began)
@@ -179,10 +185,58 @@ class Intake:
         try:
             self._check(offer)
             self._earlier[offer.client] = offer.blob
-            self._desk.offered(offer, now)
+            self._take(offer, now)
         except ProtocolError as err:
             self._send(offer.client, self._reject(offer, err))
             raise
+
+    def _take(self, offer: Offer, now: float) -> None:
+        """Grant an offer its chunks, or fetch what lies in the store.
+
+        Raises:
+            ProtocolError: If it is said to lie anywhere else.
+        """
+        fetches = self._fetches
+        if offer.url is None or fetches is None or offer.blob in self._unfetchable:
+            self._desk.offered(offer, now)
+            return
+        fetches.store.check(offer.url, offer.blob)
+        if offer.client not in self._fetching:  # one at a time, however often it offers
+            self._fetching[offer.client] = offer.blob
+            fetches.begin(offer, offer.url, self._spool.path(offer.client).with_suffix(".fetched"))
+
+    def fetched(self, fetched: Fetched, now: float) -> None:
+        """Take what came of a fetch: a whole update, or none, which is then asked for in chunks.
+
+        Raises:
+            ProtocolError: If it is refused.
+            SpoolFullError: If the disk has no room for it.
+        """
+        offer, path = fetched.offer, fetched.path
+        if self._fetching.get(offer.client) != offer.blob:
+            path.unlink(missing_ok=True)  # of a round that is over
+            return
+        del self._fetching[offer.client]
+        plain = offer.model_copy(update={"url": None})
+        if fetched.fault is not None or self._fetches is None:
+            path.unlink(missing_ok=True)
+            self._unfetchable.add(offer.blob)
+            code = fetched.fault or "url"
+            self.refused[code] += 1
+            self._notify(
+                "refused", client=offer.client, code=code, reason="its store does not give it"
+            )
+            self.offered(plain, now)
+            return
+        self._desk.forget(offer.client)
+        if self._stale is not None and self._goes_to_stale(offer):
+            self._stale.adopt(path, offer)
+        else:
+            adopt(path, self._partial_path(offer), offer)
+        try:
+            self.offered(plain, now)
+        finally:
+            self._fetches.remove(offer.blob)
 
     def _waits_for_late(self, offer: Offer) -> bool:
         """Return whether a late update is still wanted: it was asked for, and is not here yet."""
@@ -352,12 +406,14 @@ class Intake:
     def _read(self, offer: Offer, blob: bytes) -> Contribution:
         header, vector = decode_blob(blob, self._client_of(offer).layout)
         self._check_header(header, offer)
-        largest = float(np.abs(vector).max(initial=0.0))
+        largest = float(max(vector.max(initial=0.0), -vector.min(initial=0.0)))
         if largest > _LARGEST_CHANGE:
             raise ProtocolError(
                 "range",
                 f"the update changes a weight by {largest:.3g}; {_LARGEST_CHANGE:g} is the most",
             )
+        if self._rules.max_norm is not None:
+            check_update(vector, self._rules.max_norm)
         return Contribution(
             costs=offer.costs, train_loss=header.train_loss, offer=offer, parameters=vector.size
         )

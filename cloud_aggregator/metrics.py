@@ -23,15 +23,15 @@ from prometheus_client import (
 )
 
 from messaging.chunks import MAGIC
-from messaging.transport import Connected, Deliver, Network, Transport, Will
+from messaging.transport import Connected, Deliver, Network, Transport, Will, is_connected
 
 #: Codes of refusals; what is refused with any other word is counted as ``other``.
 CODES = frozenset(
     (
         "base", "bitmap", "chunk", "codec", "dtype", "examples", "finite", "format", "grant",
         "hash", "identity", "late", "layout", "mac", "name", "norm", "private", "range", "rate",
-        "replay", "round", "run", "schema", "session", "shape", "size", "stale", "state", "url",
-        "version",
+        "replay", "room", "round", "run", "schema", "session", "shape", "size", "stale",
+        "state", "url", "version",
     )
 )  # fmt: skip
 STATES = ("online", "training", "uploaded", "gone")
@@ -143,8 +143,17 @@ class Metrics:
             self._move(client, "gone")
             self._granted.pop(client, None)
 
-    def _on_task(self, work: str, round: int, clients: Iterable[str], **_fields: Any) -> None:
+    _on_silent = _on_gone
+
+    def _on_task(
+        self, work: str, round: int, clients: Iterable[str], more: bool = False, **_fields: Any
+    ) -> None:
         self._round.set(round)
+        if more:  # in the place of some that vanished; the others are at work
+            self._asked |= set(clients)
+            for client in clients:
+                self._place(client)
+            return
         affected = self._asked | self._uploaded
         self._uploaded.clear()
         self._granted.clear()
@@ -169,8 +178,8 @@ class Metrics:
     def _on_stale(self, **_fields: Any) -> None:
         self._updates.labels("stale").inc()
 
-    def _on_refused(self, code: str, **_fields: Any) -> None:
-        self._rejects.labels(code if code in CODES else "other").inc()
+    def _on_refused(self, code: str, count: int = 1, **_fields: Any) -> None:
+        self._rejects.labels(code if code in CODES else "other").inc(count)
 
     def _on_before(self, stage: str, **figures: Any) -> None:
         self._show_figures(stage, figures)
@@ -254,6 +263,9 @@ class _CountedTransport:
         self._metrics = metrics
         self.start = inner.start
         self.close = inner.close
+
+    def is_connected(self) -> bool:
+        return is_connected(self._inner)
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         self._metrics.transported("down", payload)

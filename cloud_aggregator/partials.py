@@ -73,6 +73,17 @@ class ResumablePartial:
         self._path.unlink(missing_ok=True)
 
 
+def adopt(whole: Path, path: Path, offer: Offer) -> None:
+    """Make the file ``whole``, which came another way, all pieces of an offer in ``path``.
+
+    Raises:
+        SpoolFullError: If the disk has no room for the marks.
+    """
+    with _full_is_told(path):
+        whole.replace(path)
+        _marks_path(path).write_bytes(_head(offer) + b"\1" * offer.chunks)
+
+
 def held_pieces(path: Path, offer: Offer) -> set[int]:
     """Return which pieces of an offer lie in ``path``; none where it holds another blob's."""
     try:

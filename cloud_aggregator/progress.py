@@ -61,6 +61,14 @@ def stage_words(stage: str, figures: Mapping[str, Any]) -> str:
     return f"accuracy {percent(figures['eval_accuracy'])}, loss {nats(figures['eval_loss'])}"
 
 
+def _besides(round_: Mapping[str, Any]) -> str:
+    """Return what counted in a round besides its own updates, and what it has spent."""
+    late, spent = round_.get("stale"), round_.get("epsilon")
+    return (f" and {late} late" if late else "") + (
+        "" if spent is None else f", epsilon {spent:.2f}"
+    )
+
+
 def say(console: Console, line: str) -> None:
     """Print a sentence: wrapped between words on a terminal, whole in a log."""
     console.print(line, highlight=False, soft_wrap=not console.is_terminal)
@@ -165,7 +173,9 @@ class ProgressView:
         row.doing = "ready" if online else "left"
         row.profile, row.lora_count = profile or row.profile, lora_count or row.lora_count
 
-    def _on_task(self, work: str, round: int, clients: list[str], stage: str) -> None:
+    def _on_task(
+        self, work: str, round: int, clients: list[str], stage: str, **_fields: Any
+    ) -> None:
         self._view.round = round
         words = _TRAINING.get(stage, "training") if work == "train" else "measuring"
         for client in clients:
@@ -203,7 +213,7 @@ class ProgressView:
         left = self._left()
         self._say(
             f"round {f['round']}/{self._rounds}: {stage_words(f['stage'], f)}, "
-            f"{f['accepted']} of {f['clients']} clients, "
+            f"{f['accepted']} of {f['clients']} clients{_besides(f)}, "
             f"{human_bytes(f['upload_bytes'])} up, {f['virtual_seconds']:.0f} s modelled, "
             f"{f['wall_seconds']:.0f} s here" + (f", {left}" if left else "")
         )
@@ -212,6 +222,10 @@ class ProgressView:
                 f"round {f['round']} was taken back ({TAKEN_BACK[f['taken_back']]}): every device "
                 "has again what it had before, and the stage ends"
             )
+
+    def _on_replaced(self, client: str, by: str, **_fields: Any) -> None:
+        self._row(client).doing = "vanished"
+        self._say(f"'{client}' vanished; '{by}' is asked in its place")
 
     def _left(self) -> str:
         rounds = self._rounds - self._view.round

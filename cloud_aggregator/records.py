@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cloud_aggregator.privacy import PrivacyRecord
 from messaging.protocol import DeviceRecord, Objective, PairFigures, Stage
 
 Status = Literal["aggregated", "late", "lost", "rejected", "skipped"]
@@ -150,7 +151,7 @@ class RoundRecord(_Part):
     """One round: one task out, a cohort's updates in, one global state out.
 
     ``stale`` are the late updates that came to it from earlier rounds, and ``stale_dropped`` counts
-    those that had become too old.
+    those that had become too old. ``unchanged`` says why accepted updates moved nothing.
     ``taken_back`` says why a round of alignment was undone: what its clients have then is measured
     on the state before it, and ``dropped`` is what was measured on the state that it had made.
     """
@@ -165,6 +166,7 @@ class RoundRecord(_Part):
     dropped: GlobalRound | None = None
     stale: list[StaleEntry] = Field(default_factory=list)
     stale_dropped: int = 0
+    unchanged: str = ""
     observed: Observed
 
     @property
@@ -213,7 +215,11 @@ class Summary(_Part):
 
 
 class RunRecord(_Part):
-    """The whole of ``run.json``."""
+    """The whole of ``run.json``.
+
+    ``aggregation`` is the rule by which updates count (``docs/aggregation.md``); ``privacy`` what
+    the rounds so far have spent, where each client's part is hidden.
+    """
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
     version: str
@@ -227,6 +233,8 @@ class RunRecord(_Part):
     workers: int
     transport: str
     codec: str
+    aggregation: str = "mean"
+    privacy: PrivacyRecord | None = None
     model: ModelRecord
     data: DataRecord
     clients: list[DeviceRecord] = Field(default_factory=list)

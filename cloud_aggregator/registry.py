@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from messaging.errors import ProtocolError
 from messaging.protocol import DeviceRecord, Hello
+
+_LISTENING_SECONDS = 5.0  # between two looks; what is more, nobody listened
 
 
 class Registry:
@@ -14,6 +18,15 @@ class Registry:
         layout: Hash of the shared tensors.
         known: The only devices that may take part; by default any that fits.
         scoring: Of the devices that the run has had; by default that of those that are there.
+        devices: That an earlier process of this run knew; none of them is there yet.
+        epochs: The most starts that each of them has come with.
+        silence_seconds: After as long without a word a device is taken for gone; without it, only
+            its last will says so.
+        private: Whether devices may take part only if they withhold what they hold.
+
+    Attributes:
+        devices: That have been there, by their names.
+        changes: How often one of them came or left.
     """
 
     def __init__(
@@ -23,6 +36,10 @@ class Registry:
         layout: str,
         known: frozenset[str] | None = None,
         scoring: str | None = None,
+        devices: Mapping[str, DeviceRecord] | None = None,
+        epochs: Mapping[str, int] | None = None,
+        silence_seconds: float | None = None,
+        private: bool = False,
     ) -> None:
         self._known = known
         self._binding = binding
@@ -30,7 +47,20 @@ class Registry:
         self._scoring = scoring
         self._sessions: dict[str, str] = {}
         self._online: set[str] = set()
-        self.devices: dict[str, DeviceRecord] = {}
+        self._left: set[str] = set()
+        self.devices: dict[str, DeviceRecord] = {
+            name: record
+            for name, record in (devices or {}).items()
+            if known is None or name in known
+        }
+        self.changes = 0
+        self._epochs = dict(epochs or {})
+        self._changed: set[str] = set()
+        self._silence = silence_seconds
+        self._private = private
+        self._listened = 0.0  # seconds in which a device could be heard
+        self._looked: float | None = None
+        self._heard: dict[str, float] = {}
 
     def greeted(self, hello: Hello) -> bool:
         """Take a HELLO; return whether the device is newly there (and needs its task again).
@@ -39,8 +69,8 @@ class Registry:
             ProtocolError: If the device is built on something else than the run.
         """
         if not hello.online:
-            if self._sessions.get(hello.client) == hello.session:
-                self._online.discard(hello.client)
+            if self._sessions.get(hello.client, hello.session) == hello.session:
+                self._gone([hello.client])
             return False
         if self._known is not None and hello.client not in self._known:
             raise ProtocolError("identity", f"'{hello.client}' is no client of this run")
@@ -58,6 +88,12 @@ class Registry:
             )
         if hello.device is None or hello.device.id != hello.client:
             raise ProtocolError("identity", "HELLO without a record of the device that sends it")
+        if self._private and not _withholds(hello.device):
+            raise ProtocolError(
+                "private",
+                f"the run is private and device '{hello.client}' says what it holds; set private = "
+                "true in its configuration",
+            )
         others = {self.devices[name].scoring for name in self._online if name != hello.client}
         wanted = others if self._scoring is None else {self._scoring}
         if wanted - {hello.device.scoring}:
@@ -66,10 +102,60 @@ class Registry:
                 f"device '{hello.client}' scores responses by '{hello.device.scoring}' and the "
                 "others do not: another trunk precision, or another reference set; give it theirs",
             )
+        if hello.epoch < (last := self._epochs.get(hello.client, 0)):
+            raise ProtocolError(
+                "session",
+                f"'{hello.client}' says that this is its start {hello.epoch}, and it has been here "
+                f"in its start {last}: give each device a name and a folder of its own, or write a "
+                "higher number into its file 'epoch'",
+            )
+        if (hello.epoch, hello.device) != (last, self.devices.get(hello.client)):
+            self._changed.add(hello.client)
+        self._epochs[hello.client] = hello.epoch
         self._sessions[hello.client] = hello.session
-        self._online.add(hello.client)
         self.devices[hello.client] = hello.device
+        self.heard(hello.client)
         return True
+
+    def take_changed(self) -> dict[str, tuple[int, DeviceRecord]]:
+        """Return the devices that are new, or not as they were at the last call, with starts."""
+        changed = {i: (self._epochs[i], self.devices[i]) for i in sorted(self._changed)}
+        self._changed.clear()
+        return changed
+
+    def heard(self, client: str) -> bool:
+        """Note that a device said something in its newest session; return whether it was gone."""
+        self._heard[client] = self._listened
+        if client in self._online:
+            return False
+        self._online.add(client)
+        self._left.discard(client)
+        self.changes += 1
+        return True
+
+    def look(self, now: float) -> list[str]:
+        """Return who has just fallen silent for too long, in client order; called every second.
+
+        Only seconds in which this was called count: while nobody listened, nobody could be heard.
+        """
+        if self._looked is not None:
+            self._listened += min(now - self._looked, _LISTENING_SECONDS)
+        self._looked = now
+        if self._silence is None:
+            return []
+        limit = self._listened - self._silence
+        silent = sorted(i for i in self._online if self._heard.get(i, 0.0) < limit)
+        self._gone(silent)
+        return silent
+
+    def _gone(self, clients: Sequence[str]) -> None:
+        self._online.difference_update(clients)
+        self._left.update(clients)
+        self.changes += len(clients)
+
+    def reconnected(self) -> None:
+        """Count silence anew: nobody could be heard while this side had no connection."""
+        self._heard = dict.fromkeys(self._online, self._listened)
 
     def check_session(self, client: str, session: str) -> None:
         """Refuse a message of a device that never said HELLO, or of an older session.
@@ -90,3 +176,17 @@ class Registry:
     def online(self) -> list[str]:
         """Devices that are there, in client order."""
         return sorted(self._online)
+
+    @property
+    def all_left(self) -> bool:
+        """Whether every device of the run has said that it leaves, or is taken for gone.
+
+        One that an earlier process knew may be there until it has said so to this one.
+        """
+        return self._left >= set(self.devices)
+
+
+def _withholds(device: DeviceRecord) -> bool:
+    """Return whether a record says nothing of its device's data."""
+    told = device.held_out_examples or device.categories or device.preference_pairs > 1
+    return device.examples == 1 and not told

@@ -22,6 +22,8 @@ def round_record(
     stage: Stage,
     before: RoundRecord | None,
     observed: Observed,
+    released: bool = False,
+    unchanged: str = "",
 ) -> RoundRecord:
     """Return the record of a round.
 
@@ -32,13 +34,18 @@ def round_record(
         stage: That the round is of.
         before: The record of the round before, for what its batteries had left.
         observed: What this machine saw.
+        released: Whether a state came of it whoever's updates counted.
+        unchanged: Why accepted updates moved nothing.
     """
     left = {c.id: c.battery_left for c in before.clients} if before else {}
+    closed = intake.folded()
+    # The state that the round made, once: what a device that was started again fetched anew
+    # depends on what happened to it, and not on what the run is.
+    fresh = released or bool(intake.round.accepted or (closed and closed.folded))
     entries = [
-        _client_round(device, intake, reports.get(device.id), left.get(device.id))
+        _client_round(device, intake, reports.get(device.id), left.get(device.id), fresh=fresh)
         for device in devices
     ]
-    closed = intake.folded()
     slowest = max((entry.downlink_seconds for entry in entries), default=0.0)
     return RoundRecord(
         stage=stage,
@@ -58,21 +65,23 @@ def round_record(
             for folded in (closed.folded if closed else ())
         ],
         stale_dropped=closed.dropped if closed else 0,
+        unchanged=unchanged,
         observed=observed,
     )
 
 
 def _client_round(
-    device: DeviceRecord, intake: Intake, report: Report | None, battery_left: float | None
+    device: DeviceRecord,
+    intake: Intake,
+    report: Report | None,
+    battery_left: float | None,
+    *,
+    fresh: bool,
 ) -> ClientRound:
     client = device.id
     gave = intake.contributions.get(client)
     offer = gave.offer if gave else None
     costs = gave.costs if gave else Costs()
-    # The state that the round made, once: what a device that was started again fetched anew
-    # depends on what happened to it, and not on what the run is.
-    closed = intake.folded()
-    fresh = bool(intake.round.accepted or (closed and closed.folded))
     down = report.costs if report and fresh else Costs()
     idle = power_cost(intake.waited(client), device.power.idle_watts)
     entry = ClientRound(

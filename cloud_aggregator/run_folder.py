@@ -17,6 +17,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
+from cloud_aggregator.event_log import append_line
 from cloud_aggregator.records import RunRecord
 from device_profiles.errors import InputError
 
@@ -97,13 +98,18 @@ class RunFolder:
         """Where updates wait for the end of their round."""
         return self.path / "spool"
 
+    @property
+    def stale_path(self) -> Path:
+        """Where late updates wait for a later round."""
+        return self.path / "stale"
+
     def write_record(self, record: RunRecord) -> None:
         """Write ``run.json``."""
         text = record.model_dump_json(by_alias=True, indent=1)
         write_atomically(self.record_path, text.encode() + b"\n")
 
     def append_event(self, event: str, **fields: Any) -> None:
-        """Add one line to ``metrics.jsonl``.
+        """Add one line to ``metrics.jsonl``; the file of a long deployment is bounded.
 
         Raises:
             DiskFullError: If there is no room.
@@ -112,8 +118,11 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         with _writing(path):
             self.path.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"event": event, **fields}) + "\n")
+            append_line(path, json.dumps({"event": event, **fields}))
+
+    def is_writable(self) -> bool:
+        """Return whether the run's state can be written, as far as can be told without writing."""
+        return os.access(self.path, os.W_OK | os.X_OK)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write ``config.toml``: what makes the run repeatable, and on what it ran."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cloud_aggregator.cohort import CohortRule
+from cloud_aggregator.counting import Counting
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.stages import StagePlan
 from device_profiles.methods import ModuleShape
+from messaging.claims import Claims
 from messaging.protocol import Codec
 from messaging.transfer import UploadLimits
 
@@ -26,9 +28,15 @@ class RunSettings:
         patience_seconds: In emulation, how long the run waits for its own workers before it fails;
             in deployment, how long it waits for held-out results.
         known_clients: The only devices that may take part; without it, any that fits.
-        cohort: Who trains in a round of an emulated run; without it every device.
+        cohort: Who trains in a round; without it every device (in deployment, that is there).
         refuses_hopeless_deadline: Whether a deadline that no client meets in the first round ends
             the run as a mistake, instead of rounds without an update.
+        counting: Which updates count, and for how much.
+        keep_states: Of each stage, the newest global states that stay; none keeps all.
+        silence_seconds: In deployment, after how long without a word a device is taken for gone.
+        claims: Where large updates and states lie; without it they travel in chunks.
+        farewell_seconds: In deployment, how long the end is said to devices that have not left: a
+            broker that falls just then has forgotten it.
         waits_for_channel: Whether an emulated upload waits for good coherence blocks.
     """
 
@@ -51,4 +59,9 @@ class RunSettings:
     cohort: CohortRule | None = None
     waits_for_channel: bool = False
     refuses_hopeless_deadline: bool = False
+    counting: Counting = field(default_factory=Counting)
+    keep_states: int | None = None
+    silence_seconds: float | None = None
+    claims: Claims | None = None
+    farewell_seconds: float = 0.0
     limits: UploadLimits = field(default_factory=UploadLimits)

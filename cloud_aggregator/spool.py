@@ -1,4 +1,4 @@
-"""Updates on disk from their first chunk to the end of their round.
+"""Updates on disk from their last chunk to the end of their round.
 
 An update is acknowledged once it is here whole, verified and flushed, with the offer it came with:
 an aggregator that is started again in the middle of a round finds both. Aggregation then reads one
@@ -55,17 +55,6 @@ class Spool:
         self._ledger: Ledger = _Notes(folder) if ledger is None else ledger
         with _full_is_told(folder):
             folder.mkdir(parents=True, exist_ok=True)
-
-    def open_partial(self, offer: Offer) -> PartialFile:
-        """Return the file that an offer's chunks go to.
-
-        Raises:
-            SpoolFullError: If the disk has no room for it.
-        """
-        free = shutil.disk_usage(self._folder).free
-        if free < offer.bytes:
-            raise _full(self._folder, f"{free} bytes free, {offer.bytes} needed")
-        return PartialFile(self._partial(offer.client))
 
     def _partial(self, client: str) -> Path:
         return self._folder / f"{client}.part"
@@ -130,44 +119,6 @@ class _Notes:
     def clear(self) -> None:
         for path in self._folder.glob("*.json"):
             path.unlink(missing_ok=True)
-
-
-class PartialFile:
-    """One update that is still arriving."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with _full_is_told(path):
-            self._file = path.open("w+b", buffering=0)
-
-    def write(self, offset: int, payload: bytes) -> None:
-        """Put ``payload`` at ``offset``.
-
-        Raises:
-            SpoolFullError: If the disk has no room.
-        """
-        with _full_is_told(self._path):
-            written = 0
-            while written < len(payload):
-                written += os.pwrite(self._file.fileno(), payload[written:], offset + written)
-
-    def finish(self) -> bytes:
-        """Flush to the disk and return the whole blob.
-
-        Raises:
-            SpoolFullError: If the disk has no room.
-        """
-        with _full_is_told(self._path):
-            os.fsync(self._file.fileno())
-        self._file.seek(0)
-        blob = self._file.read()
-        self._file.close()
-        return blob
-
-    def discard(self) -> None:
-        """Remove what has arrived."""
-        self._file.close()
-        self._path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cloud_aggregator.aggregation.asynchronous import MAX_STALENESS
-from cloud_aggregator.partials import ResumablePartial, held_pieces
+from cloud_aggregator.partials import ResumablePartial, adopt, held_pieces
 from cloud_aggregator.run_folder import write_atomically
 from device_profiles.errors import InputError
 from messaging.protocol import Offer
@@ -107,6 +107,16 @@ class StaleUpdates:
             offer = held.offer
             if self.counted(offer.round, offer.client, before=number):
                 self._remove(offer.round, offer.client)
+
+    def forget_before(self, number: int) -> None:
+        """Drop what is of an earlier round than ``number``: of another stage, it fits no more."""
+        for path in self._folder.glob("round-*.json"):
+            if int(path.stem.removeprefix("round-")) < number:
+                path.unlink()
+        self._rounds = {n: closed for n, closed in self._rounds.items() if n >= number}
+        for held in self._all_held():
+            if held.offer.round < number:
+                self._remove(held.offer.round, held.offer.client)
 
     def decided(self, number: int) -> ClosedRound | None:
         """Return what was decided for a round."""
@@ -226,6 +236,15 @@ class StaleUpdates:
     def held_pieces(self, offer: Offer) -> set[int]:
         """Return which pieces of an offer an earlier process left."""
         return held_pieces(self._partial_path(offer), offer)
+
+    def adopt(self, whole: Path, offer: Offer) -> None:
+        """Make a file that came another way all pieces of an update for an earlier round.
+
+        Raises:
+            SpoolFullError: If the disk has no room for it.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        adopt(whole, self._partial_path(offer), offer)
 
     def _partial_path(self, offer: Offer) -> Path:
         return self._folder / f"{offer.client}.part"

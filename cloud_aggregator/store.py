@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ _rounds = sa.Table(
     sa.Column("cohort", sa.Text),
     sa.Column("accepted", sa.Text),
     sa.Column("closed_seconds", sa.Float),
+    sa.Column("noise_key", sa.String),
 )
 _updates = sa.Table(
     "updates",
@@ -66,6 +67,7 @@ class OpenRound:
         cohort: Who was asked, in client order.
         accepted: Whose updates count, once the round is closed; in client order.
         closed_seconds: After how many seconds it closed.
+        noise_key: Of the noise that hides each client's part, where the run is private: a secret.
     """
 
     stage: Stage
@@ -73,6 +75,7 @@ class OpenRound:
     cohort: tuple[str, ...]
     accepted: tuple[str, ...] | None
     closed_seconds: float | None
+    noise_key: int | None = field(default=None, repr=False)
 
 
 class Store:
@@ -182,8 +185,9 @@ class Store:
                 connection.execute(table.delete().where(gone))
 
     def open_round(self, number: int, stage: Stage, wanted: int, cohort: Iterable[str]) -> None:
-        """Put down who is asked in a round, before anyone is."""
+        """Put down who is asked in a round, before anyone is; it begins without an update."""
         with self._transaction() as connection:
+            connection.execute(_updates.delete().where(self._is_update(number)))
             connection.execute(_rounds.delete().where(self._is_round(number)))
             connection.execute(
                 _rounds.insert().values(
@@ -200,14 +204,24 @@ class Store:
         self._set(number, cohort=json.dumps(sorted(cohort)))
 
     def close_round(
-        self, number: int, accepted: Iterable[str], seconds: float, verdicts: Mapping[str, str]
+        self,
+        number: int,
+        accepted: Iterable[str],
+        seconds: float,
+        verdicts: Mapping[str, str],
+        *,
+        noise_key: int | None = None,
     ) -> None:
-        """Put down whose updates count, before they are aggregated."""
+        """Put down whose updates count, and under what noise, before they are aggregated."""
         with self._transaction() as connection:
             connection.execute(
                 _rounds.update()
                 .where(self._is_round(number))
-                .values(accepted=json.dumps(sorted(accepted)), closed_seconds=seconds)
+                .values(
+                    accepted=json.dumps(sorted(accepted)),
+                    closed_seconds=seconds,
+                    noise_key=None if noise_key is None else f"{noise_key:032x}",
+                )
             )
             updates = self._is_update(number)
             clients = connection.scalars(sa.select(_updates.c.client).where(updates)).all()
@@ -223,7 +237,7 @@ class Store:
             connection.execute(
                 _rounds.update()
                 .where(self._is_round(number))
-                .values(accepted=None, closed_seconds=None)
+                .values(accepted=None, closed_seconds=None, noise_key=None)
             )
 
     def round(self, number: int) -> OpenRound | None:
@@ -238,6 +252,7 @@ class Store:
             cohort=tuple(json.loads(row.cohort)),
             accepted=None if row.accepted is None else tuple(json.loads(row.accepted)),
             closed_seconds=row.closed_seconds,
+            noise_key=None if row.noise_key is None else int(row.noise_key, 16),
         )
 
     def ledger(self, number: int) -> RoundLedger:

@@ -54,6 +54,7 @@ def make_tasks(
             max_length=settings.max_length,
             margin=plan.margin,
             alignment=plan.alignment,
+            private=settings.counting.privacy is not None,
         )
     return tasks
 
@@ -72,7 +73,9 @@ def stop_task(course: Course, client: str, reason: str) -> Task:
     )
 
 
-def make_manifest(course: Course, *, session: str, epoch: int, finished: bool) -> Manifest:
+def make_manifest(
+    course: Course, *, session: str, epoch: int, finished: bool, reconnect_seconds: float = 0.0
+) -> Manifest:
     """Return what every device may read: the newest state, and what the run is built on."""
     settings = course.settings
     return Manifest(
@@ -85,5 +88,6 @@ def make_manifest(course: Course, *, session: str, epoch: int, finished: bool) -
         binding=settings.binding,
         layout=course.layouts_sha256,
         finished=finished,
+        reconnect_seconds=reconnect_seconds,
         taken_back=tuple(r.round for r in course.record.rounds if r.taken_back)[-1000:],
     )

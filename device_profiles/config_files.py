@@ -6,6 +6,7 @@ Unknown keys are refused by name, with the nearest known key.
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:  # JetPack 6 has 3.10
     import tomli as tomllib
+
+_LOGIN = re.compile(r"//.*@")  # user and password of an address
 
 
 class Config(BaseModel):
@@ -90,7 +93,8 @@ def check(kind: type[Model], values: Mapping[str, Any], source: str) -> Model:
         raise InputError(f"{source}: {message}")
     if isinstance(first["input"], Mapping):  # several fields of a part of it do
         raise InputError(f"{source}: {'.'.join(place)}: {message}")
-    raise InputError(f"{source}: {'.'.join(place)} = {first['input']!r:.80}: {message}")
+    shown = _LOGIN.sub("//...@", repr(first["input"]))
+    raise InputError(f"{source}: {'.'.join(place)} = {shown:.80}: {message}")
 
 
 def load(kind: type[Model], path: Path) -> Model:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable, MutableMapping
+from dataclasses import replace
 from typing import Literal, Protocol
 
 from device_profiles.seeds import stream
@@ -17,10 +19,17 @@ from edge_client.ledger import Ledger
 from edge_client.local_client import Result, Setup
 from edge_client.outbox import Outbox, task_key
 from edge_client.stage_work import GlobalStates
-from messaging import chunks, security, topics
-from messaging.chunks import chunk_count, make_chunk, parse_chunk, wire_bytes
+from messaging import chunks, protocol, security, topics
+from messaging.chunks import (
+    chunk_count,
+    fitting_chunk_bytes,
+    make_chunk,
+    parse_chunk,
+    wire_bytes,
+)
+from messaging.claims import Claims
 from messaging.codecs import decode_blob, max_blob_bytes
-from messaging.errors import ProtocolError
+from messaging.errors import OtherVersionError, ProtocolError
 from messaging.layout import Layout, Vector
 from messaging.protocol import (
     Alive,
@@ -47,7 +56,8 @@ from messaging.transfer import SILENCE_SECONDS, Download, Upload
 log = logging.getLogger(__name__)
 
 _DOWN_WINDOW = 8
-FATAL_REJECTS = frozenset({"base", "layout"})  # the same device will be refused again
+# the same device will be refused again
+FATAL_REJECTS = frozenset({"base", "layout", "private", "version"})
 
 Publish = Callable[[str, bytes, bool], None]
 
@@ -75,10 +85,17 @@ class Agent:
         outbox: Keeps the update that is owed on disk; without it, a device that is started again
             trains the round again.
         heartbeat_seconds: Between two ALIVE; none says nothing in between.
+        largest_packet: Returns the bytes of the largest packet that the broker takes, if it said.
+        claims: Where large updates are put and large global states lie; without it, both travel in
+            chunks.
+        start_fetch: Fetches a global state elsewhere; it comes back through ``fetched``.
         spread: Told over how many seconds devices return after a break.
         held: Global states by their hash, where agents of one process have them in common.
         keeps_results: Whether an update stays in memory until another task comes, for an aggregator
             that loses it after all; otherwise it would be done again, to the same bits.
+
+    Attributes:
+        refused: Messages and chunks that were refused, by code.
     """
 
     def __init__(
@@ -95,6 +112,9 @@ class Agent:
         spread: Callable[[float], None] | None = None,
         held: MutableMapping[str, Vector] | None = None,
         keeps_results: bool = True,
+        largest_packet: Callable[[], int | None] = lambda: None,
+        claims: Claims | None = None,
+        start_fetch: Callable[[StateRef], None] | None = None,
     ) -> None:
         self.local = local
         self.id = local.device.id
@@ -102,12 +122,18 @@ class Agent:
         self.session = secrets.token_hex(8) if seal is None else seal.session
         self.finished = False
         self.failure: str | None = None
+        self.refused: Counter[str] = Counter()
         self._binding = binding
         self._seen_aggregator = ""
         self._publish = publish
         self._start_work = start_work
         self._seal, self._ledger, self._outbox = seal, ledger, outbox
         self._heartbeat, self._spread = heartbeat_seconds, spread
+        self._largest_packet = largest_packet
+        self._claims = claims
+        self._start_fetch = start_fetch
+        self._fetching: StateRef | None = None
+        self._unfetchable: set[str] = set()  # states that their store did not give
         self._window = 0.0  # seconds over which devices return after a break
         self._greetings = 0
         self._greet_at: float | None = None
@@ -154,8 +180,14 @@ class Agent:
 
         A sealed HELLO is for an aggregator that is known: the first one waits for its manifest.
         """
+        chunk_bytes = 0 if self._upload is None else self._upload.offer.chunk_bytes
+        if self._fitting(chunk_bytes) < chunk_bytes:
+            self._upload = None  # this broker takes less than the last: it is offered anew
         if not self.finished and (self._seal is None or self._seen_aggregator):
             self._greet(now)
+
+    def _fitting(self, chunk_bytes: int) -> int:
+        return fitting_chunk_bytes(chunk_bytes, self._largest_packet())
 
     def _greet(self, now: float) -> None:
         """Say HELLO, at once the first time; later somewhere in the window that all share."""
@@ -188,7 +220,10 @@ class Agent:
             else:
                 self._take(decode(self._opened(payload, topic)), now)
         except ProtocolError as err:
+            self.refused[err.code] += 1
             log.warning("%s: refused a message (%s): %s", self.id, err.code, err.reason)
+            if isinstance(err, OtherVersionError):
+                self._fail(err.reason)  # no other message of that aggregator will be understood
 
     def _opened(self, packet: bytes, topic: str) -> bytes:
         seal = self._seal
@@ -228,7 +263,12 @@ class Agent:
                 log.info("%s: update came late and is left out", self.id)
 
     def _check_manifest(self, manifest: Manifest, now: float) -> None:
-        if manifest.binding != self._binding:
+        if manifest.oldest > protocol.SCHEMA:
+            self._fail(
+                f"the run's aggregator understands protocol {manifest.oldest} and newer, and this "
+                f"device speaks {protocol.SCHEMA}; update pwff on this device"
+            )
+        elif manifest.binding != self._binding:
             self._fail(
                 "the run is built on another base, tokenizer or LoRA placement than this device; "
                 "give this device the run's model and placement"
@@ -287,11 +327,15 @@ class Agent:
             self._leave()
             return
         if self._task is not None and _same(self._task, task):
+            if self._task != task:  # its states come in other pieces now
+                self._task = task
+                if not self._working and self._result is None and not self._arrived:
+                    self._begin(now)
             if self._arrived:  # and was lost there: done again, it comes to the same
                 self._arrived = False
                 self._begin(now)
             else:
-                self._answer(now)  # what came of it was perhaps lost on the way
+                self._answer(now)  # what came of it was perhaps lost, here or at the aggregator
             return
         for ref, layout in self._needed(task):
             if ref.bytes > max_blob_bytes(layout, "fp32"):
@@ -303,8 +347,8 @@ class Agent:
             return
         if self._outbox is not None:
             self._result = self._outbox.of(task)
-        if self._result is not None:
-            self._answer(now)  # it was trained before the device was started again
+        if self._result is not None:  # it was trained before the device was started again
+            self._answer_from_disk(self._result, now)
         else:
             self._settle()
             self._begin(now)
@@ -314,6 +358,11 @@ class Agent:
         if task is None:
             return
         absent = next((ref for ref, _ in self._needed(task) if ref.blob not in self._held), None)
+        if absent is not None and self._lies_in_store(absent):
+            if self._fetching != absent and self._start_fetch is not None:
+                self._fetching, self._download = absent, None
+                self._start_fetch(absent)
+            return
         if absent is not None:
             if self._download is None or self._download.ref != absent:
                 self._download = Download(absent, now - SILENCE_SECONDS)
@@ -330,7 +379,41 @@ class Agent:
         result = self.local.perform(task, states, downloaded)
         if self._outbox is not None:
             self._outbox.put(task, result)
-        return result
+        return self._put_if_large(result)
+
+    def _put_if_large(self, result: Result) -> Result:
+        """Put a large update where the aggregator can fetch it; on the thread of the work."""
+        blob = result.blob
+        if self._claims is None or blob is None:
+            return result
+        url = self._claims.put_if_large(blob, hashlib.sha256(blob).hexdigest())
+        return replace(result, url=url)
+
+    def _answer_from_disk(self, result: Result, now: float) -> None:
+        """Answer with an update that was kept; a large one is first seen to lie in the store."""
+        claims, blob = self._claims, result.blob
+        if claims is None or blob is None or len(blob) <= claims.above_bytes:
+            self._answer(now)
+            return
+        self._result, self._working = None, True
+        self._start_work(lambda: self._put_if_large(result))
+
+    def _lies_in_store(self, ref: StateRef) -> bool:
+        can = self._claims is not None and self._start_fetch is not None
+        return can and ref.url is not None and ref.blob not in self._unfetchable
+
+    def fetched(self, ref: StateRef, blob: bytes | None, now: float) -> None:
+        """Take a global state from the store; without it, ask for its chunks."""
+        if self._fetching == ref:
+            self._fetching = None
+        if self.finished:
+            return
+        if blob is not None:
+            self._install(ref, blob, now, travelled=len(blob))
+            return
+        self._unfetchable.add(ref.blob)
+        if not self._working:
+            self._begin(now)
 
     def _needed(self, task: Task) -> list[tuple[StateRef, Layout]]:
         """Return the global states that a task names, and what is in each."""
@@ -383,9 +466,11 @@ class Agent:
         if download.missing:
             self._ask(now)
             return
-        self._install(download.ref, download.finish(), now)
+        ref = download.ref
+        travelled = wire_bytes(ref.bytes, ref.chunk_bytes)
+        self._install(ref, download.finish(), now, travelled=travelled)
 
-    def _install(self, ref: StateRef, blob: bytes, now: float) -> None:
+    def _install(self, ref: StateRef, blob: bytes, now: float, *, travelled: int) -> None:
         layout = self._layout_of(ref)
         if layout is None:
             return  # another task came in the meantime
@@ -404,7 +489,7 @@ class Agent:
         # What earlier stages left was counted in theirs: only a device that was started again
         # fetches it anew, and what a round costs does not depend on that.
         if self._task is not None and ref == self._task.state:
-            self._downloaded += wire_bytes(ref.bytes, ref.chunk_bytes)
+            self._downloaded += travelled
         self._download = None
         if not self._working:
             self._begin(now)
@@ -430,6 +515,7 @@ class Agent:
         if task is None or result is None or task.work == "stop":
             return
         if self._upload is not None:
+            self._upload.offered_again()
             self._send(self._upload.offer)
         elif result.blob is not None:
             self._offer(task, result, result.blob, now)
@@ -463,6 +549,7 @@ class Agent:
 
     def _offer(self, task: Task, result: Result, blob: bytes, now: float) -> None:
         setup = self.local.setup
+        chunk_bytes = self._fitting(setup.chunk_bytes)
         offer = Offer(
             run=self.run,
             client=self.id,
@@ -470,13 +557,14 @@ class Agent:
             round=task.round,
             blob=hashlib.sha256(blob).hexdigest(),
             bytes=len(blob),
-            chunk_bytes=setup.chunk_bytes,
-            chunks=chunk_count(len(blob), setup.chunk_bytes),
+            chunk_bytes=chunk_bytes,
+            chunks=chunk_count(len(blob), chunk_bytes),
             binding=self._binding,
             layout=setup.own_layout(task.stage, self.local.device.lora_count).sha256,
             codec=task.codec,
             costs=result.costs,
             spent=result.spent,
+            url=result.url,
         )
         self._upload = Upload(blob, offer, now)
         self._send(offer)

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import logging
 import queue
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
+from device_profiles import logs
 from device_profiles.errors import InputError
 from edge_client.agent import Agent, Performer
 from edge_client.ledger import Ledger
@@ -25,14 +29,17 @@ from edge_client.local_client import Result
 from edge_client.outbox import Outbox
 from edge_client.progress import StoppedError
 from messaging import topics
+from messaging.claims import Claims
+from messaging.errors import ProtocolError
 from messaging.layout import Vector
-from messaging.protocol import Task
+from messaging.protocol import StateRef, Task
 from messaging.security import DeviceSeal
-from messaging.transport import Network, Transport, Will
+from messaging.transport import Network, Transport, Will, largest_packet
 
 log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 1.0
+_ALIVE_SECONDS = 10.0
 
 Event = tuple[Callable[..., None], tuple[object, ...]]
 
@@ -41,6 +48,14 @@ Event = tuple[Callable[..., None], tuple[object, ...]]
 class _Seat:
     agent: Agent
     transport: Transport
+
+
+def _place(agent: Agent) -> dict[str, str | int]:
+    """Return what log lines about an agent carry."""
+    place: dict[str, str | int] = {"run": agent.run, "client": agent.id}
+    if agent.task is not None:
+        place["round"] = agent.task.round
+    return place
 
 
 def _say_goodbye(seat: _Seat) -> None:
@@ -74,9 +89,12 @@ class Host:
         heartbeat_seconds: Between two signs of life of a client; none gives none.
         isolates: Whether a client whose input is bad leaves alone, with its sentence, and the
             others go on; otherwise, and where it is the only one, the host ends with the error.
+        claims: Where large updates are put and large global states lie; without it, both travel in
+            chunks.
         interrupt: Called when the host is to leave, so that work that is under way stops soon.
         work_threads: Clients that work at once; 1 where they share a model.
         keeps_results: Whether updates stay in memory after they have arrived (see ``Agent``).
+        alive_file: Touched every ten seconds while the host goes round.
     """
 
     def __init__(
@@ -94,7 +112,11 @@ class Host:
         interrupt: Callable[[], None] = lambda: None,
         work_threads: int = 1,
         keeps_results: bool = True,
+        claims: Claims | None = None,
+        alive_file: Path | None = None,
     ) -> None:
+        self._claims = claims
+        self._alive_file, self._alive_at = alive_file, -_ALIVE_SECONDS
         self._clock = clock
         self._seals, self._ledgers, self._outboxes = seals or {}, ledgers or {}, outboxes or {}
         self._heartbeat, self._isolates, self._interrupt = heartbeat_seconds, isolates, interrupt
@@ -103,6 +125,7 @@ class Host:
         self._keeps_results = keeps_results
         self._work = ThreadPoolExecutor(work_threads, thread_name_prefix="pwff-work")
         self._held: weakref.WeakValueDictionary[str, Vector] = weakref.WeakValueDictionary()
+        self._fetch = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pwff-fetch")
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._seats = [self._seat(network, performer, binding) for performer in performers]
@@ -132,6 +155,9 @@ class Host:
             spread=spread,
             held=self._held,
             keeps_results=self._keeps_results,
+            largest_packet=lambda: largest_packet(seats[0].transport),
+            claims=self._claims,
+            start_fetch=lambda ref: self._start_fetch(agent, ref),
         )
         transport = network.open(
             client_id=f"pwff-{agent.run}-{agent.id}",
@@ -147,17 +173,20 @@ class Host:
         return seats[0]
 
     def _received(self, agent: Agent, topic: str, payload: bytes) -> None:
-        agent.received(payload, self._clock(), topic=topic)
+        with logs.bound(**_place(agent)):
+            agent.received(payload, self._clock(), topic=topic)
 
     def _connected(self, agent: Agent) -> None:
-        agent.connected(self._clock())
+        with logs.bound(**_place(agent)):
+            agent.connected(self._clock())
 
     def _submit(self, agent: Agent, function: Callable[[], Result]) -> None:
         task = agent.task
 
         def work() -> None:
             try:
-                result = function()
+                with logs.bound(**_place(agent)):
+                    result = function()
             except StoppedError:
                 return  # the host is leaving, and what was done so far is on the disk
             except InputError as err:
@@ -172,8 +201,29 @@ class Host:
 
         self._work.submit(work)
 
+    def _start_fetch(self, agent: Agent, ref: StateRef) -> None:
+        claims = self._claims
+        if claims is None or ref.url is None:
+            raise ValueError(f"'{agent.id}' has no store to fetch from")
+        url = ref.url
+
+        def fetch() -> None:
+            sink, blob = io.BytesIO(), None
+            try:
+                claims.store.fetch(url, sha256=ref.blob, size=ref.bytes, sink=sink)
+                blob = sink.getvalue()
+            except ProtocolError as err:
+                log.warning("%s: %s; asking for its chunks", agent.id, err.reason)
+            self._inbox.put((self._fetched, (agent, ref, blob)))
+
+        self._fetch.submit(fetch)
+
+    def _fetched(self, agent: Agent, ref: StateRef, blob: bytes | None) -> None:
+        agent.fetched(ref, blob, self._clock())
+
     def _worked(self, agent: Agent, task: Task, result: Result) -> None:
-        agent.worked(task, result, self._clock())
+        with logs.bound(**_place(agent)):
+            agent.worked(task, result, self._clock())
 
     def _gave_up(self, agent: Agent, err: InputError) -> None:
         if not self._isolates or len(self._seats) == 1:
@@ -200,6 +250,7 @@ class Host:
             BaseException: Whatever a client's work raised.
         """
         next_tick = self._clock() + _TICK_SECONDS
+        self._show_alive()
         try:
             for seat in self._seats:
                 seat.transport.start()
@@ -215,13 +266,26 @@ class Host:
                     function(*arguments)
                 if self._clock() >= next_tick:
                     next_tick = self._clock() + _TICK_SECONDS
+                    self._show_alive()
                     for seat in self._seats:
-                        seat.agent.tick(self._clock())
+                        with logs.bound(**_place(seat.agent)):
+                            seat.agent.tick(self._clock())
         finally:
             self._leave()
 
+    def _show_alive(self) -> None:
+        now = self._clock()
+        if self._alive_file is None or now - self._alive_at < _ALIVE_SECONDS:
+            return
+        self._alive_at = now
+        try:
+            self._alive_file.touch()
+        except OSError as err:
+            log.warning("cannot touch %s: %s", self._alive_file, err.strerror or err)
+
     def _leave(self) -> None:
         self._interrupt()
+        self._fetch.shutdown(wait=False, cancel_futures=True)
         self._work.shutdown(wait=True, cancel_futures=True)
         for seat in self._seats:
             _say_goodbye(seat)
@@ -231,3 +295,8 @@ class Host:
     def failures(self) -> list[str]:
         """What made agents give up, one sentence each."""
         return [f"{s.agent.id}: {s.agent.failure}" for s in self._seats if s.agent.failure]
+
+    @property
+    def refused(self) -> Counter[str]:
+        """Messages and chunks that agents refused, by code."""
+        return sum((s.agent.refused for s in self._seats), Counter())

@@ -22,6 +22,7 @@ from device_profiles.profile import Profile
 from device_profiles.seeds import stream
 from edge_client.costs import CostModel, own_layout
 from edge_client.data.instructions import what_is_wrong
+from edge_client.privacy import withheld, withheld_training, withholds
 from edge_client.stage_work import NO_STATES, GlobalStates, Measured, StageWork, Trained
 from edge_client.state import ClientState, StateStore, entering, outcome_for, settled
 from edge_client.stopwatch import Stopwatch, timed
@@ -42,7 +43,10 @@ from quantization.identity import BaseIdentity
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What came of a task: figures, and an update where the method shares something."""
+    """What came of a task: figures, and an update where the method shares something.
+
+    ``url`` is where the update lies, if it is large and was put into a store.
+    """
 
     costs: Costs
     examples: int
@@ -53,6 +57,7 @@ class Result:
     pairs: dict[Objective, PairFigures] = field(default_factory=dict)
     responses: ResponseFigures | None = None
     spent: dict[Part, float] = field(default_factory=dict)
+    url: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +98,7 @@ class LocalClient:
         link: Its uplink.
         folder: Where its state is kept.
         clock: Seconds, for the compute time of a real client.
+        private: Whether nothing leaves the device but updates and costs: no loss, count or figure.
     """
 
     def __init__(
@@ -106,6 +112,7 @@ class LocalClient:
         link: Link,
         folder: Path,
         clock: Callable[[], float] = time.perf_counter,
+        private: bool = False,
     ) -> None:
         self.setup = setup
         self.device = device
@@ -127,6 +134,7 @@ class LocalClient:
         )
         self._store = StateStore(folder)
         self._clock = clock
+        self._private = private
 
     def perform(
         self, task: Task, states: GlobalStates = NO_STATES, download_bytes: int = 0
@@ -148,7 +156,7 @@ class LocalClient:
         try:
             with watch.running():
                 result = self._do(task, states, download_bytes)
-            return replace(result, spent={} if task.private else watch.seconds)
+            return replace(result, spent={} if task.private or self._private else watch.seconds)
         except ValidationError as err:
             raise InputError(
                 f"'{self.device.id}': a figure of round {task.round} ({task.stage}) is beyond what "
@@ -162,6 +170,7 @@ class LocalClient:
                 f"'{self.device.id}' is asked for the stage '{task.stage}', and takes part in "
                 f"{', '.join(self._works)}; give it the stages of the run, and the data they need"
             )
+        withholds(task, private=self._private, client=self.device.id)
         for round_ in states.taken_back:
             self._store.take_back(round_)
         if task.work == "train":
@@ -187,7 +196,11 @@ class LocalClient:
                 self._store.save(state)
         with timed("evaluation"):
             measured = self._works[task.stage].evaluate(task, state, states)
-        return _result(measured, self._downlink(task, download_bytes))
+        return self._told(_result(measured, self._downlink(task, download_bytes)))
+
+    def _told(self, result: Result) -> Result:
+        """Return what of a result leaves the device."""
+        return withheld(result) if self._private else result
 
     def _downlink(self, task: Task, download_bytes: int) -> Costs:
         down = self._costs.downlink(task.stage, download_bytes)
@@ -204,6 +217,8 @@ class LocalClient:
         before = settled(before, outcome_for(before, task) or "none")
         with timed("training"):
             done = self._works[task.stage].train(task, before, states)
+        if self._private:
+            done = withheld_training(done, task)
         state, blob = replace(done.state, round=task.round), None
         if states.shared is not None and done.after is not None:
             layout = self.setup.own_layout(task.stage, self.device.lora_count)

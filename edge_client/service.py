@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,9 +31,13 @@ from edge_client.preflight import check_memory, client_memory, free_memory, step
 from edge_client.progress import Interruption, Progress
 from edge_client.reward.reference import scoring
 from edge_client.works import build_works, load_judging
-from messaging.chunks import CHUNK_BYTES
+from messaging.access import BrokerAccess
+from messaging.chunks import CHUNK_BYTES, ChunkBytes
+from messaging.claims import CLAIM_ABOVE_BYTES, Claims, ClaimStore
+from messaging.key_files import DeviceKeys, device_keys
 from messaging.mqtt import MqttNetwork
 from messaging.protocol import DeviceRecord, Identifier
+from messaging.security import DeviceSeal
 from quantization.base_model import set_threads
 from quantization.checkpoint import look_through
 from quantization.frozen_gpt2 import load_frozen
@@ -42,6 +47,17 @@ log = logging.getLogger(__name__)
 
 #: What an aggregator asks for if it says nothing else.
 _USUAL_BATCH, _USUAL_LENGTH = 4, 256
+
+
+class SecuritySection(BrokerAccess):
+    """How the broker is reached, and the device's own key: also see ``messaging.access``.
+
+    Attributes:
+        key: The device's key file for this run, of its owner alone (``pwff certs`` makes one). A
+            run that has keys is heard by nobody without.
+    """
+
+    key: Path | None = None
 
 
 class Client(Config):
@@ -62,11 +78,20 @@ class Client(Config):
         prompts: That alignment answers, ``kit`` or a file; by default the pairs' own.
         trunk_precision: The run's: of the bare base whose hidden states reward models read.
         held_out_share: Of the device's examples, where the data does not say itself.
+        private: Whether nothing leaves the device but updates and what they cost: no loss, count or
+            figure. A run with ``[privacy]`` takes private devices alone.
         helpfulness: The user's preference; harmlessness has the rest.
+        chunk_bytes: Of a piece on its way up with its header, or ``standard`` (122,880) or
+            ``small`` (61,440); smaller by itself where the broker takes less.
         threads: Processor threads.
         checkpoint_steps: Training steps after which it is written down where the training stands:
             so many at most are lost when the device is killed.
         heartbeat_seconds: Between two signs of life; the aggregator's own limit is some of these.
+        claim_store: The run's, where updates and global states above ``claim_above_bytes`` lie:
+            ``file:///FOLDER``, ``s3://BUCKET/PREFIX`` or ``https://HOST/PATH``. Without it,
+            everything travels in chunks.
+        alive_file: Touched every ten seconds while this program goes round, for whoever watches
+            over it (a container's health check looks at its age); by default none.
     """
 
     run: Identifier
@@ -89,12 +114,17 @@ class Client(Config):
     lora_rank: int | None = None
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    private: bool = False
     helpfulness: Annotated[float, Field(ge=0, le=1)] = 0.5
     channel: Literal["paper", "profile"] = "profile"
-    chunk_bytes: Annotated[int, Field(ge=1024, le=262_144)] = CHUNK_BYTES
+    chunk_bytes: ChunkBytes = CHUNK_BYTES
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     checkpoint_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     heartbeat_seconds: Annotated[float, Field(ge=1, le=3600)] = 30.0
+    claim_store: str | None = None
+    claim_above_bytes: Annotated[int, Field(ge=0, le=2**33)] = CLAIM_ABOVE_BYTES
+    alive_file: Path | None = None
+    security: SecuritySection = SecuritySection()
 
 
 def load_client(path: Path) -> Client:
@@ -119,29 +149,51 @@ def take_part(client: Client, on_start: Callable[[Host], None]) -> list[str]:
 
     Raises:
         InputError: If base, data, profile or modules are not usable, or training diverges.
+        SecretError: If a key, certificate or password is not usable.
         DiskError: If the disk does not take what must be kept; what it holds is whole.
         HubUnavailableError: If base or data are on a hub that does not answer.
     """
     set_threads(client.threads)
-    network = MqttNetwork(client.broker)
+    claims = None
+    if client.claim_store is not None:
+        claims = Claims(store=ClaimStore(client.claim_store), above_bytes=client.claim_above_bytes)
+    keys = device_keys(client.security.key, client.run, client.client)
+    network = MqttNetwork(client.broker, client.security)
     identity = identify(client.model)
     interruption = Interruption()
     local = _local_client(client, identity, interruption)
     folder = _folder(client)
+    ledger = Ledger(folder)
+    seals = {} if keys is None else {client.client: _seal(keys, ledger)}
     host = Host(
         network,
         [local],
         binding=binding(identity, client.placement),
-        ledgers={client.client: Ledger(folder)},
+        seals=seals,
+        ledgers={client.client: ledger},
         outboxes={client.client: Outbox(folder)},
         heartbeat_seconds=client.heartbeat_seconds,
         isolates=True,
         interrupt=interruption.stop,
+        claims=claims,
+        alive_file=client.alive_file,
     )
     on_start(host)
     log.info("%s: waiting for the run '%s' at %s", client.client, client.run, network.address)
     host.run()
     return host.failures
+
+
+def _seal(keys: DeviceKeys, ledger: Ledger) -> DeviceSeal:
+    return DeviceSeal(
+        run=keys.run,
+        client=keys.client,
+        key=keys.key,
+        verify_key=keys.verify_key,
+        session=secrets.token_hex(8),
+        epoch=ledger.epoch,
+        highest=ledger.highest,
+    )
 
 
 def _folder(client: Client) -> Path:
@@ -194,6 +246,7 @@ def _local_client(
         scoring=scoring(client.trunk_precision) if own.train else "",
         precision=planned_precision(profile) if client.precision == "auto" else client.precision,
         costs="measured",
+        private=client.private,
     )
     _check_memory(client, identity, device)
     model = PackedModel(
@@ -228,6 +281,7 @@ def _local_client(
         profile=profile,
         link=link,
         folder=folder,
+        private=client.private,
     )
 
 

@@ -13,6 +13,9 @@ import hashlib
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
 
 from messaging.errors import ProtocolError
 
@@ -22,9 +25,44 @@ HEADER = struct.Struct(">4sB3x8s32sIIII")
 HEADER_BYTES = HEADER.size  # 64
 CHUNK_BYTES = 122_880  # header included; AWS IoT Core takes 128 KB
 SMALL_CHUNK_BYTES = 61_440  # for brokers that take 64 KB
+CHUNK_PROFILES = {"standard": CHUNK_BYTES, "small": SMALL_CHUNK_BYTES}
 MAX_CHUNKS = 32_768
+LEAST_CHUNK_BYTES = 1024
+PACKET_ROOM_BYTES = 512  # what a packet holds beside a chunk at most: topic, packet header
 
 _BITS = [[bit for bit in range(8) if octet >> bit & 1] for octet in range(256)]
+
+
+def chunk_profile(value: object) -> object:
+    """Return the size that the name of a profile stands for; anything else unchanged.
+
+    Raises:
+        ValueError: If it is a string of no profile's name.
+    """
+    if not isinstance(value, str):
+        return value
+    if value not in CHUNK_PROFILES:
+        raise ValueError(
+            f"unknown chunk profile '{value}'; choose one of {', '.join(CHUNK_PROFILES)}, or give "
+            "a number of bytes"
+        )
+    return CHUNK_PROFILES[value]
+
+
+#: Of a configuration: bytes with the header, or the name of a profile.
+ChunkBytes = Annotated[int, BeforeValidator(chunk_profile), Field(ge=LEAST_CHUNK_BYTES, le=262_144)]
+
+
+def fitting_chunk_bytes(chunk_bytes: int, largest_packet: int | None) -> int:
+    """Return the chunk size to use where the broker takes packets of ``largest_packet`` bytes.
+
+    That is ``chunk_bytes`` where it fits or nothing is known, the small profile where that fits,
+    and else what does, but never below 1024.
+    """
+    if largest_packet is None or chunk_bytes + PACKET_ROOM_BYTES <= largest_packet:
+        return chunk_bytes
+    room = largest_packet - PACKET_ROOM_BYTES
+    return SMALL_CHUNK_BYTES if room >= SMALL_CHUNK_BYTES else max(LEAST_CHUNK_BYTES, room)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +93,18 @@ def wire_bytes(blob_bytes: int, chunk_bytes: int) -> int:
 def make_chunk(run: str, blob_hash: str, blob: bytes, index: int, chunk_bytes: int) -> bytes:
     """Return piece ``index`` of ``blob`` with its header."""
     size = chunk_bytes - HEADER_BYTES
-    piece = blob[index * size : (index + 1) * size]
-    return (
-        HEADER.pack(
-            MAGIC,
-            VERSION,
-            run_tag(run),
-            bytes.fromhex(blob_hash),
-            index,
-            chunk_count(len(blob), chunk_bytes),
-            len(piece),
-            zlib.crc32(piece),
-        )
-        + piece
+    piece = memoryview(blob)[index * size : (index + 1) * size]
+    header = HEADER.pack(
+        MAGIC,
+        VERSION,
+        run_tag(run),
+        bytes.fromhex(blob_hash),
+        index,
+        chunk_count(len(blob), chunk_bytes),
+        len(piece),
+        zlib.crc32(piece),
     )
+    return b"".join((header, piece))
 
 
 def parse_chunk(run: str, packet: bytes) -> Chunk:

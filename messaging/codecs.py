@@ -134,7 +134,7 @@ def _fp16_encode(vector: Vector, _layout: Layout) -> Arrays:
 CODECS: dict[str, CodecRow] = {
     "fp32": CodecRow(
         encode=lambda vector, _layout: {"packed": vector},
-        decode=lambda arrays, _layout: arrays["packed"].astype(np.float32),
+        decode=lambda arrays, _layout: arrays["packed"].astype(np.float32, copy=False),
         arrays=lambda layout: {"packed": ("float32", (layout.size,))},
     ),
     "fp16": CodecRow(
@@ -220,7 +220,7 @@ def decode_blob(blob: bytes, layout: Layout) -> tuple[BlobHeader, Vector]:
         if arrays[name].dtype.kind == "f" and not np.isfinite(arrays[name]).all():
             raise ProtocolError("finite", f"'{name}' holds a value that is not finite")
     vector = codec.decode(arrays, layout)
-    if not np.isfinite(vector).all():
+    if vector is not arrays["packed"] and not np.isfinite(vector).all():
         raise ProtocolError("finite", "the decoded update holds a value that is not finite")
     return header, vector
 

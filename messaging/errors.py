@@ -24,6 +24,14 @@ class ProtocolError(Exception):
         return self.reason
 
 
+class OtherVersionError(ProtocolError):
+    """A message of a protocol that this side does not understand, from whom it says it is."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("version", reason)
+        self.args = (self.reason,)
+
+
 class PrivateTensorError(ProtocolError):
     """A tensor that is not on the allow-list of shared names was about to leave the device."""
 
@@ -39,6 +47,12 @@ class BrokerUnavailableError(Exception):
 
 
 class AddressError(ValueError):
-    """A broker address that a person must correct."""
+    """An address of a broker or a store that a person must correct."""
+
+    exit_code = 2
+
+
+class SecretError(ValueError):
+    """A key, certificate or password that a person must correct; the sentence shows none of it."""
 
     exit_code = 2

@@ -2,6 +2,7 @@
 
 paho's own thread only enqueues. Reconnection backs off from one second to thirty. What was
 published while the broker was away is sent when it is back, as far as the queue holds it.
+Certificates and passwords are read anew for each connection (see ``tls`` and ``access``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from messaging.errors import AddressError, BrokerUnavailableError
+from messaging.access import BrokerAccess, Login
+from messaging.errors import AddressError, BrokerUnavailableError, SecretError
+from messaging.tls import FreshContext
 from messaging.transport import Connected, Deliver, Transport, Will
 
 log = logging.getLogger(__name__)
@@ -44,6 +47,16 @@ class Address:
     tls: bool
     username: str | None = None
     password: str | None = field(default=None, repr=False)
+
+    @property
+    def login(self) -> Login | None:
+        """User and password, where the address names a user."""
+        return None if self.username is None else (self.username, self.password)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the broker is on this machine."""
+        return self.host in ("localhost", "127.0.0.1", "::1")
 
     def __str__(self) -> str:
         """Return the address without its secrets."""
@@ -85,10 +98,31 @@ def parse_address(url: str) -> Address:
 
 
 class MqttNetwork:
-    """Opens MQTT connections to one broker."""
+    """Opens MQTT connections to one broker.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        url: Of the broker.
+        access: Certificates, user and password.
+
+    Raises:
+        AddressError: If the address is none.
+        SecretError: If certificates are given for a connection without TLS, or a file is not
+            usable.
+    """
+
+    def __init__(self, url: str, access: BrokerAccess | None = None) -> None:
         self.address = parse_address(url)
+        self._access = access or BrokerAccess()
+        if self.address.tls:
+            self._access.tls.check()
+        elif self._access.needs_tls:
+            raise SecretError(
+                f"certificates are given, and broker '{self.address}' is without TLS; write mqtts://"
+            )
+        if self._access.login(self.address.login) is not None and not (
+            self.address.tls or self.address.is_local
+        ):
+            log.warning("user and password go to %s without TLS; write mqtts://", self.address)
 
     def open(
         self,
@@ -102,6 +136,7 @@ class MqttNetwork:
         """Return a connection; ``start`` returns at once and goes on trying."""
         return _MqttTransport(
             self.address,
+            self._access,
             client_id=client_id,
             filters=filters,
             deliver=deliver,
@@ -117,6 +152,7 @@ class MqttNetwork:
         """
         probe = _MqttTransport(
             self.address,
+            self._access,
             client_id=f"pwff-probe-{secrets.token_hex(8)}",
             filters=[],
             deliver=lambda _topic, _payload: None,
@@ -129,8 +165,9 @@ class MqttNetwork:
         finally:
             probe.close()
         if not answered:
+            because = f" ({probe.trouble})" if probe.trouble else ""
             raise BrokerUnavailableError(
-                f"no MQTT broker answered at {self.address} within {wait_seconds:g} s; "
+                f"no MQTT broker answered at {self.address} within {wait_seconds:g} s{because}; "
                 "start one there, correct --broker, or leave it out to use the embedded one"
             )
         if probe.refusal:
@@ -151,11 +188,14 @@ class _MqttTransport:
     Attributes:
         answered: Set once the broker has accepted or refused.
         refusal: Why it last refused, or an empty string.
+        largest_packet: Bytes of the largest packet that the broker takes, where it has said so.
+        trouble: What was last wrong with certificates or password, or an empty string.
     """
 
     def __init__(
         self,
         address: Address,
+        access: BrokerAccess,
         *,
         client_id: str,
         filters: list[str],
@@ -165,7 +205,9 @@ class _MqttTransport:
     ) -> None:
         self.answered = threading.Event()
         self.refusal = ""
+        self.trouble = ""
         self._address = address
+        self._access = access
         self._filters = filters
         self._unanswered: dict[int, list[str]] = {}  # subscriptions, by the number of their packet
         self._deliver = deliver
@@ -173,16 +215,16 @@ class _MqttTransport:
         self._flow = threading.Condition()
         self._unacknowledged = 0
         self._closing = False
+        self._accepted = False
         self._network_thread: int | None = None
-        self._largest_packet: int | None = None
+        self.largest_packet: int | None = None
         client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5)
         client.max_inflight_messages_set(_INFLIGHT_MESSAGES)
         client.max_queued_messages_set(2 * _QUEUED_MESSAGES)  # room for what callbacks publish
         client.reconnect_delay_set(1, 30)
-        if address.username is not None:
-            client.username_pw_set(address.username, address.password)
+        client.on_pre_connect = self._on_pre_connect
         if address.tls:
-            client.tls_set()
+            client.tls_set_context(FreshContext(access.tls, self._note_trouble))
         if will is not None:
             client.will_set(will.topic, will.payload, qos=1, retain=True)
         client.on_socket_open = _send_at_once
@@ -208,12 +250,12 @@ class _MqttTransport:
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         size = len(payload) + len(topic.encode()) + _PACKET_OVERHEAD
-        if self._largest_packet is not None and size > self._largest_packet:
+        if self.largest_packet is not None and size > self.largest_packet:
             # The broker would hang up, and again each time the message is sent anew.
             log.error(
                 "%s takes packets of at most %d bytes, message of %d dropped; use smaller chunks",
                 self._address,
-                self._largest_packet,
+                self.largest_packet,
                 size,
             )
             return
@@ -266,7 +308,8 @@ class _MqttTransport:
         if reason.is_failure:
             log.error("broker %s refused the connection: %s", self._address, reason)
             return
-        self._largest_packet = getattr(properties, "MaximumPacketSize", None)
+        self.largest_packet = getattr(properties, "MaximumPacketSize", None)
+        self._accepted, self.trouble = True, ""
         log.info("connected to %s", self._address)
         if self._filters:
             options = SubscribeOptions(qos=1)
@@ -288,14 +331,38 @@ class _MqttTransport:
         if not self._unanswered:
             self._tell(self._connected)
 
+    def _on_pre_connect(self, client: paho.Client, _userdata: Any) -> None:
+        self._accepted = False
+        try:
+            login = self._access.login(self._address.login)
+        except SecretError as err:  # as it was before, then; the broker says what it thinks of it
+            self._note_trouble(str(err))
+            return
+        if login is not None:
+            client.username_pw_set(*login)
+
+    def _note_trouble(self, reason: str) -> None:
+        self.trouble = reason
+
+    def is_connected(self) -> bool:
+        """Return whether the broker has accepted this connection, and it stands."""
+        return self._accepted and self._client.is_connected()
+
     def _on_connect_fail(self, _client: paho.Client, _userdata: Any) -> None:
-        log.warning("no broker at %s, trying again", self._address)
+        because = f" ({self.trouble})" if self.trouble else ""
+        log.warning("no broker at %s%s, trying again", self._address, because)
 
     def _on_disconnect(
         self, _client: paho.Client, _userdata: Any, _flags: Any, reason: Any, _properties: Any
     ) -> None:
-        if reason.is_failure:
+        if not reason.is_failure:
+            return
+        if self._accepted or self.refusal or not self._address.tls:
             log.warning("connection to %s lost: %s", self._address, reason)
+            return
+        # From TLS 1.3 on, a broker that wants another certificate says so after the handshake.
+        self._note_trouble("it hung up after the handshake: give a certificate that it trusts")
+        log.warning("broker %s hung up: %s", self._address, self.trouble)
 
     def _on_message(self, _client: paho.Client, _userdata: Any, message: paho.MQTTMessage) -> None:
         self._tell(lambda: self._deliver(message.topic, bytes(message.payload)))

@@ -3,6 +3,12 @@
 A message is one JSON object of at most 64 KiB with a ``schema`` version and a ``kind``. Chunks of
 tensors travel apart from it as binary DATA (see ``chunks``). Units: bytes, seconds, joules.
 
+Versions: ``schema`` is the protocol that the sender speaks. A newer one may only add fields that
+can be left out, and kinds; so a message of a newer one is read without the fields that are not
+known here, each known one within its bounds, and a newer aggregator serves older devices. What
+changes the meaning of a message raises ``OLDEST`` as well: what is older than that is refused, and
+the manifest tells a device which protocols its aggregator still understands.
+
 Up, from a device:    HELLO, ALIVE, OFFER, WANT, REPORT
 Down, to a device:    TASK, GRANT, HAVE, DONE, REJECT
 To everybody:         MANIFEST (retained)
@@ -10,7 +16,8 @@ To everybody:         MANIFEST (retained)
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+import json
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -22,9 +29,10 @@ from pydantic import (
 )
 
 from messaging.chunks import MAX_CHUNKS, chunk_count
-from messaging.errors import ProtocolError
+from messaging.errors import OtherVersionError, ProtocolError
 
-SCHEMA: Final = 1
+SCHEMA: Final = 1  # what this side speaks
+OLDEST: Final = 1  # the oldest that it still understands
 MAX_MESSAGE_BYTES = 65_536
 
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
@@ -211,7 +219,7 @@ class AlignmentSettings(Record):
 
 
 class _Message(Record):
-    schema_: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
+    schema_: Annotated[int, Field(alias="schema", ge=1, le=1000)] = SCHEMA
     run: Identifier
 
 
@@ -400,6 +408,7 @@ class Manifest(_Message):
     A ``session`` that a device has not seen is an aggregator that has not seen the device;
     ``epoch`` counts the aggregator's starts. ``reconnect_seconds`` is the window over which devices
     spread their return after a break. ``taken_back`` are rounds of which nothing has come.
+    ``oldest`` is the oldest protocol that the aggregator understands.
     """
 
     kind: Literal["MANIFEST"] = "MANIFEST"
@@ -413,6 +422,7 @@ class Manifest(_Message):
     epoch: Count = 0
     reconnect_seconds: Annotated[float, Field(ge=0, le=86_400)] = 0.0
     taken_back: Annotated[tuple[Round, ...], Field(max_length=1000)] = ()
+    oldest: Annotated[int, Field(ge=1, le=1000)] = OLDEST
 
 
 Message = Hello | Alive | Offer | Want | Report | Task | Grant | Have | Done | Reject | Manifest
@@ -428,15 +438,51 @@ def decode(payload: bytes) -> Message:
     """Return the message that ``payload`` holds, every field within its bounds.
 
     Raises:
-        ProtocolError: With code ``size`` or ``schema``, and the first field that is wrong.
+        ProtocolError: With code ``size``, or ``schema`` and the first field that is wrong.
+        OtherVersionError: If it is older than what is understood here.
     """
     if len(payload) > MAX_MESSAGE_BYTES:
         raise ProtocolError(
             "size", f"message of {len(payload)} bytes; at most {MAX_MESSAGE_BYTES} are read"
         )
     try:
-        return _MESSAGES.validate_json(payload)
+        message = _MESSAGES.validate_json(payload)
     except ValidationError as err:
-        first = err.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "message"
-        raise ProtocolError("schema", f"{place}: {first['msg']}") from err
+        message = _of_a_newer_side(payload, err)
+    if message.schema_ < OLDEST:
+        raise OtherVersionError(
+            f"a message of protocol {message.schema_}, and this side understands {OLDEST} to "
+            f"{SCHEMA}; update pwff on the other side",
+        )
+    return message
+
+
+def _of_a_newer_side(payload: bytes, err: ValidationError) -> Message:
+    """Return a message of a newer protocol without the fields that are not known here.
+
+    Raises:
+        ProtocolError: If it is of no newer one, or wrong in what is known.
+    """
+    errors = err.errors(include_url=False, include_input=False)
+    unknown = [e["loc"] for e in errors if e["type"] == "extra_forbidden"]
+    if len(unknown) == len(errors):
+        try:
+            record = json.loads(payload)
+            if record["schema"] > SCHEMA:
+                for _kind, *way in unknown:
+                    _strike(record, way)
+                return _MESSAGES.validate_json(json.dumps(record))
+        except ValidationError as again:
+            errors = again.errors(include_url=False, include_input=False)
+        except (LookupError, TypeError, ValueError, RecursionError):
+            pass  # what only the first reader takes for JSON; its words stand
+    first = errors[0]
+    place = ".".join(str(part) for part in first["loc"]) or "message"
+    raise ProtocolError("schema", f"{place}: {first['msg']}") from err
+
+
+def _strike(record: Any, place: list[int | str]) -> None:
+    *above, last = place
+    for step in above:
+        record = record[step]
+    del record[last]

@@ -245,6 +245,11 @@ class CloudSeal:
         return header + self._signing_key.sign(_bound(self._run, "", header, message)) + message
 
 
+def is_will(packet: bytes) -> bool:
+    """Return whether a sealed packet says that it is a last will; ``open`` tells if it is true."""
+    return packet[2:3] == _WILL
+
+
 def _session(text: str) -> bytes:
     raw = bytes.fromhex(text)
     if len(raw) != len(_NOBODY):

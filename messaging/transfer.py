@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from messaging.chunks import HEADER_BYTES, Chunk, Missing, chunk_count
@@ -35,12 +35,16 @@ class Upload:
         self.blob = blob
         self.offer = offer
         self._sent: set[int] = set()
+        self._sent_before: set[int] = set()  # those that went out before the last offer
         self._missing = Missing(offer.chunks)
         self._window = 0
         self._heard = now
 
     def granted(self, grant: Grant, now: float) -> list[int]:
         """Return the chunks to send now that the aggregator grants a window.
+
+        A chunk that went out before the last offer and is named is lost. One that went out after
+        it is under way still, whatever a grant says that answers the offer.
 
         Raises:
             ProtocolError: If the grant names a chunk that the blob does not have.
@@ -49,7 +53,9 @@ class Upload:
             return []
         self._missing = Missing.from_bitmap(grant.missing, self.offer.chunks)
         self._window = grant.window
-        self._sent.clear()
+        self._sent -= self._sent_before
+        self._sent &= self._missing.indices
+        self._sent_before = set()
         return self._next(now)
 
     def acknowledged(self, have: Have, now: float) -> list[int]:
@@ -76,7 +82,12 @@ class Upload:
         if now - self._heard < SILENCE_SECONDS:
             return False
         self._heard = now
+        self.offered_again()
         return True
+
+    def offered_again(self) -> None:
+        """Note that the offer goes out once more, behind everything that was sent so far."""
+        self._sent_before = set(self._sent)
 
 
 class Download:
@@ -161,6 +172,21 @@ class _Incoming:
     period_began: float = 0.0  # when its progress was last measured
     period_chunks: int = 0  # chunks since then
     attempts: int = 1
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)  # of the first ``hashed`` pieces
+    hashed: int = 0
+
+    def hash(self, index: int, payload: bytes) -> None:
+        """Hash a piece if it is the next: while the others are on their way costs no time."""
+        if index == self.hashed:
+            self.digest.update(payload)
+            self.hashed += 1
+
+    def hash_rest(self, blob: bytes) -> str:
+        """Return the hash of the whole blob, of which the first pieces are hashed."""
+        self.digest.update(
+            memoryview(blob)[self.hashed * (self.offer.chunk_bytes - HEADER_BYTES) :]
+        )
+        return self.digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +201,7 @@ class UploadLimits:
     """
 
     grants: int = 16
-    window: int = 8
+    window: int = 16
     expiry_seconds: float = 30.0
 
 
@@ -322,6 +348,7 @@ class UploadDesk:
         if incoming.partial is None:  # hundreds may wait for a grant: only now a file is opened
             incoming.partial = self._open_partial(offer)
         incoming.partial.write(start, chunk.payload)
+        incoming.hash(chunk.index, chunk.payload)
         incoming.missing.arrived(chunk.index)  # only once it is written
         incoming.since_have += 1
         incoming.period_chunks += 1
@@ -346,7 +373,7 @@ class UploadDesk:
     def _whole(self, incoming: _Incoming, partial: PartialBlob, now: float) -> None:
         offer = incoming.offer
         blob = partial.finish()
-        if len(blob) != offer.bytes or hashlib.sha256(blob).hexdigest() != offer.blob:
+        if len(blob) != offer.bytes or incoming.hash_rest(blob) != offer.blob:
             self.damaged += 1
             if incoming.attempts < ATTEMPTS:
                 self._begin_anew(incoming, partial, now)
@@ -373,6 +400,7 @@ class UploadDesk:
         incoming.partial = None
         incoming.attempts += 1
         incoming.missing = Missing(incoming.offer.chunks)
+        incoming.digest, incoming.hashed = hashlib.sha256(), 0
         if incoming.granted:
             self._grant(incoming, now)
         self._hand_out(now)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Deliver = Callable[[str, bytes], None]
 Connected = Callable[[], None]
@@ -34,6 +34,25 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Send what is queued and leave in good order: no will is published."""
+
+
+def largest_packet(transport: Transport) -> int | None:
+    """Return the bytes of the largest packet that a network takes, where it has said so."""
+    most: int | None = getattr(transport, "largest_packet", None)
+    return most
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """A connection that can say whether it stands."""
+
+    def is_connected(self) -> bool:
+        """Return whether the network has accepted the connection, and it stands."""
+
+
+def is_connected(transport: Transport) -> bool:
+    """Return whether a connection stands; one that cannot say does."""
+    return transport.is_connected() if isinstance(transport, Watched) else True
 
 
 class Network(Protocol):

@@ -78,6 +78,7 @@ class Bench:
     ) -> None:
         self.setup = make_setup(spec, identity)
         self._identity = identity
+        self._private = spec.private
         self._examples, self._preferences = examples, preferences
         counts: dict[str, int] = {}
         for client in spec.clients:
@@ -128,4 +129,5 @@ class Bench:
             profile=spec.profile,
             link=link_of(spec.device),
             folder=folder,
+            private=self._private,
         )

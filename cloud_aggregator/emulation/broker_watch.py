@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 
-from cloud_aggregator.server import RunFailedError
+from cloud_aggregator.errors import RunFailedError
 from messaging.mqtt import parse_address
 
 _EVERY_SECONDS = 2.0

@@ -26,10 +26,12 @@ from cloud_aggregator.experiment import Experiment, check_experiment, check_same
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.server import Aggregator
+from cloud_aggregator.store import Store
 from cloud_aggregator.trackers import open_trackers
 from device_profiles.config_files import read_toml
 from device_profiles.errors import InputError
 from messaging.broker import embedded_broker
+from messaging.key_files import RunKeys
 from messaging.memory import MemoryNetwork
 from messaging.mqtt import MqttNetwork
 from messaging.transport import Network
@@ -65,6 +67,7 @@ def emulate(
         MissingExtraError: If the packages that train or track are not installed.
         BrokerUnavailableError: If the broker does not answer.
         RunFailedError: If the run cannot go on.
+        StoreError: If its store cannot be read or written.
     """
     require_edge()
     if experiment.engine == "ray":
@@ -76,6 +79,7 @@ def emulate(
     check_plan_memory(planned)
     record = run_record(planned, resume=resume)
     with contextlib.ExitStack() as stack:
+        store = stack.enter_context(Store(folder.path, experiment.run_name))
         tracked = stack.enter_context(open_trackers(track, folder))
 
         def tell(event: str, **fields: Any) -> None:
@@ -96,13 +100,16 @@ def emulate(
             )
         network, url = stack.enter_context(_network(experiment))
         pool: list[WorkerPool] = []
+        keys = _keys(experiment, record.run)
         aggregator = Aggregator(
             run_settings(planned),
             record,
             folder,
             network,
+            store=store,
             notify=tell,
             memory=lambda: pool[0].memory() if pool else psutil.Process().memory_info().rss,
+            keys=keys,
         )
         on_start(aggregator)
         if url is not None and experiment.broker is None:
@@ -110,17 +117,24 @@ def emulate(
         if experiment.engine == "ray":
             from cloud_aggregator.emulation.ray_fleet import make_ray_host
 
-            stack.enter_context(_in_this_process(make_ray_host(planned, network), aggregator))
+            stack.enter_context(_in_this_process(make_ray_host(planned, network, keys), aggregator))
         elif url is None:
             from cloud_aggregator.emulation.worker import make_host
 
-            host = make_host(worker_specs(planned)[0], network)
+            host = make_host(worker_specs(planned)[0], network, keys)
             stack.enter_context(_in_this_process(host, aggregator))
         else:
             specs = worker_specs(planned)
-            pool.append(WorkerPool(specs, url, folder.path / "workers", aggregator.fail))
+            pool.append(WorkerPool(specs, url, folder.path / "workers", aggregator.fail, keys))
             stack.callback(pool[0].close)
         return aggregator.run()
+
+
+def _keys(experiment: Experiment, run: str) -> RunKeys | None:
+    """Return keys for a run over a broker that others may reach too."""
+    if experiment.broker is None or experiment.transport == "memory":
+        return None
+    return RunKeys.generate(run) if experiment.engine == "local" else None
 
 
 def new_place(experiment: Experiment) -> Path:

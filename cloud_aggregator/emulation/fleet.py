@@ -64,6 +64,7 @@ class WorkerSpec(BaseModel):
     chunk_bytes: int
     method: str
     priced: CostBasis | None
+    private: bool = False
     clients: list[ClientSpec]
 
 
@@ -194,4 +195,5 @@ def _describe(
         scoring=scoring(experiment.trunk_precision) if own.train else "",
         precision=_precision(experiment, device),
         costs="modelled",
+        private=experiment.privacy is not None,
     )

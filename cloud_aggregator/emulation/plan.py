@@ -18,7 +18,6 @@ from cloud_aggregator.emulation.fleet import (
 )
 from cloud_aggregator.experiment import Experiment, stored
 from cloud_aggregator.records import DataRecord, RunRecord
-from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.service import model_record
 from cloud_aggregator.settings import RunSettings
@@ -166,6 +165,7 @@ def run_record(planned: Planned, *, resume: bool) -> RunRecord:
         workers=planned.workers,
         transport=experiment.transport,
         codec=experiment.codec,
+        aggregation=experiment.aggregation,
         model=model_record(planned.identity, planned.fleet.priced),
         data=DataRecord(
             source=experiment.data,
@@ -213,7 +213,9 @@ def run_settings(planned: Planned) -> RunSettings:
         codec=experiment.codec,
         max_length=experiment.max_length,
         chunk_bytes=experiment.chunk_bytes,
-        rules=RoundRules(quorum=experiment.quorum, deadline_seconds=experiment.deadline_seconds),
+        rules=experiment.rules,
+        counting=experiment.counting(experiment.rules, experiment.wanted),
+        keep_states=experiment.keep_states,
         virtual_time=True,
         known_clients=frozenset(c.device.id for c in planned.fleet.clients),
         cohort=_cohort(experiment),
@@ -276,5 +278,6 @@ def fleet_spec(planned: Planned, clients: list[ClientSpec]) -> WorkerSpec:
         chunk_bytes=experiment.chunk_bytes,
         method=experiment.method,
         priced=planned.fleet.priced,
+        private=experiment.privacy is not None,
         clients=clients,
     )

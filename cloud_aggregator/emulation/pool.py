@@ -14,9 +14,11 @@ from pathlib import Path
 import psutil
 
 from cloud_aggregator.emulation.fleet import BROKER_VARIABLE, WorkerSpec
+from cloud_aggregator.emulation.seals import to_environment
+from cloud_aggregator.errors import RunFailedError
 from cloud_aggregator.run_folder import write_atomically
-from cloud_aggregator.server import RunFailedError
 from device_profiles.errors import InputError
+from messaging.key_files import RunKeys
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class WorkerPool:
         broker: Its address.
         folder: Where their specifications and logs are written.
         failed: Told when a worker cannot be kept alive.
+        keys: Of the run, where it is sealed.
     """
 
     def __init__(
@@ -50,9 +53,10 @@ class WorkerPool:
         broker: str,
         folder: Path,
         failed: Callable[[Exception], None],
+        keys: RunKeys | None = None,
     ) -> None:
         self._failed = failed
-        environment = {**os.environ, BROKER_VARIABLE: broker}
+        environment = {**os.environ, BROKER_VARIABLE: broker, **to_environment(keys)}
         self._stopping = threading.Event()
         self._workers: list[_Worker] = []
         self._watchers: list[threading.Thread] = []

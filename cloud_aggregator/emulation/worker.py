@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cloud_aggregator.emulation.bench import Bench, load_bases
 from cloud_aggregator.emulation.fleet import BROKER_VARIABLE, WorkerSpec
+from cloud_aggregator.emulation.seals import from_environment, make_seals
 from cloud_aggregator.run_folder import RunFolder
 from device_profiles.errors import InputError
 from edge_client.data.instructions import Example, load_instructions
@@ -23,6 +24,7 @@ from edge_client.data.own_data import Preferences, load_sources
 from edge_client.host import Host
 from edge_client.ledger import Ledger
 from edge_client.progress import Interruption, Progress
+from messaging.key_files import RunKeys
 from messaging.mqtt import MqttNetwork
 from messaging.shared import SharedNetwork
 from messaging.transport import Network
@@ -45,8 +47,10 @@ def load_data(spec: WorkerSpec) -> tuple[list[Example], Preferences]:
     return dataset.examples, preferences
 
 
-def make_host(spec: WorkerSpec, network: Network) -> Host:
+def make_host(spec: WorkerSpec, network: Network, keys: RunKeys | None = None) -> Host:
     """Return a host of this worker's clients: data once, and a base for each precision.
+
+    They seal what they say where there are keys.
 
     Raises:
         InputError: If base or data are not what the run was planned on.
@@ -65,6 +69,7 @@ def make_host(spec: WorkerSpec, network: Network) -> Host:
     places = {
         c.device.id: RunFolder(Path(spec.run_folder)).client_path(c.device.id) for c in spec.clients
     }
+    ledgers = {name: Ledger(folder) for name, folder in places.items()}
     return Host(
         SharedNetwork(network, f"pwff-{spec.run}-{secrets.token_hex(4)}"),
         [
@@ -72,7 +77,8 @@ def make_host(spec: WorkerSpec, network: Network) -> Host:
             for c, folder in zip(spec.clients, places.values(), strict=True)
         ],
         binding=spec.binding,
-        ledgers={name: Ledger(folder) for name, folder in places.items()},
+        seals=make_seals(spec, keys, ledgers),
+        ledgers=ledgers,
         interrupt=interruption.stop,
         keeps_results=False,
     )
@@ -91,7 +97,7 @@ def main() -> int:
 
 
 def _work(spec: WorkerSpec, broker: str) -> int:
-    host = make_host(spec, MqttNetwork(broker))
+    host = make_host(spec, MqttNetwork(broker), from_environment(spec.run, os.environ))
     signal.signal(signal.SIGTERM, lambda _signal, _frame: host.stop())
     threading.Thread(target=_leave_with_parent, args=(host,), daemon=True).start()
     host.run()

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from cloud_aggregator.counting_words import counting_lines
 from cloud_aggregator.methods import METHODS
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.reports import (
@@ -127,6 +128,7 @@ def _one(name: str, run: RunRecord) -> dict[str, Any]:
         "headlines": _headlines(run, learned, found, views),
         **views,
         "banner": _banner(run),
+        "counted": counting_lines(run),
         "source": source,
         "tracks": found,
         "worst": [track.id for track in series.worst(found)],

@@ -7,6 +7,7 @@ message. Neither computes anything, and nobody waits without a limit.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import queue
 import threading
@@ -25,6 +26,7 @@ from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.server import Aggregator
 from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.stages import StagePlan
+from cloud_aggregator.store import Store
 from device_profiles.modules import BaseShape
 from edge_client.host import Host
 from edge_client.local_client import Result, Setup
@@ -479,6 +481,7 @@ class Stage:
     _hosts: list[tuple[Host, threading.Thread]] = field(default_factory=list)
     _servers: list[tuple[Aggregator, threading.Thread]] = field(default_factory=list)
     _errors: list[BaseException] = field(default_factory=list)
+    _stores: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __enter__(self) -> Stage:
         return self
@@ -486,9 +489,9 @@ class Stage:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def host(self, *teachers: Teacher, binding: str = BINDING) -> Host:
+    def host(self, *teachers: Teacher, binding: str = BINDING, **changes: Any) -> Host:
         """Start a host of these clients on a thread."""
-        host = Host(self.network, teachers, binding=binding)
+        host = Host(self.network, teachers, binding=binding, **changes)
         thread = threading.Thread(target=self._guarded, args=(host.run,), daemon=True)
         self._hosts.append((host, thread))
         thread.start()
@@ -501,7 +504,10 @@ class Stage:
         events: Events | None = None,
         **changes: Any,
     ) -> Aggregator:
-        """Return an aggregator on this stage's network and folder."""
+        """Return an aggregator on this stage's network and folder; the one before it is over."""
+        if "store" not in changes:
+            self._stores.close()
+            changes["store"] = self._stores.enter_context(Store(self.path, RUN))
         return Aggregator(
             settings or settings_of(),
             record or record_of(),
@@ -538,6 +544,7 @@ class Stage:
             server.stop()
             join(thread)
         self.leave()
+        self._stores.close()
         if self._errors:
             raise self._errors[0]
 

@@ -82,6 +82,16 @@ def test_a_device_that_fell_silent_is_gone_until_it_says_hello(metrics: Metrics)
     assert states(metrics) == {"online": 0, "training": 1, "uploaded": 0, "gone": 0}
 
 
+def test_one_that_is_asked_in_anothers_place_trains_and_the_others_go_on(
+    metrics: Metrics,
+) -> None:
+    hello(metrics, "a", "b", "c")
+    task(metrics, "train", 1, "a", "b")
+    hello(metrics, "b", online=False)
+    metrics("task", work="train", stage="instruction", round=1, clients=["c"], more=True)
+    assert states(metrics) == {"online": 0, "training": 2, "uploaded": 0, "gone": 1}
+
+
 def test_a_stranger_that_never_said_hello_is_no_client(metrics: Metrics) -> None:
     metrics("gone", client="nobody")
     hello(metrics, "nobody", online=False)

@@ -153,3 +153,23 @@ def test_where_the_clients_are_known_another_one_is_refused() -> None:
         registry.greeted(hello("b"))
     assert told.value.code == "identity"
     assert registry.online == ["a"]
+
+
+def test_all_have_left_once_each_has_said_so(registry: Registry) -> None:
+    for client in ("a", "b"):
+        registry.greeted(hello(client))
+    assert not registry.all_left
+    registry.greeted(left("a"))
+    assert not registry.all_left
+    registry.greeted(left("b"))
+    assert registry.all_left
+    registry.greeted(hello("b", session=LATER))
+    assert not registry.all_left
+
+
+def test_a_device_that_an_earlier_process_knew_has_left_when_it_says_so_in_any_session() -> None:
+    known = {"a": device("a")}
+    registry = Registry(binding=BINDING, layout=LAYOUT.sha256, devices=known)
+    assert not registry.all_left
+    registry.greeted(left("a", session=LATER))
+    assert registry.all_left

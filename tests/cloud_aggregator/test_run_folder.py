@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cloud_aggregator import event_log
 from cloud_aggregator.run_folder import DiskFullError, RunFolder, read_record, write_atomically
 from device_profiles.config_files import read_toml
 from device_profiles.errors import InputError
@@ -160,3 +161,22 @@ def test_a_run_keeps_each_thing_at_its_place(tmp_path: Path) -> None:
     assert folder.report_path == tmp_path / "report.html"
     assert folder.global_path(3).parent == tmp_path / "global" / "3"
     assert folder.client_path("pi5-07") == tmp_path / "clients" / "pi5-07"
+
+
+def test_the_events_of_a_long_deployment_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line is 21 bytes with its end; a limit of 50 holds two of them."""
+    monkeypatch.setattr(event_log.append_line, "__kwdefaults__", {"limit_bytes": 50})
+    folder = RunFolder(tmp_path)
+    for _ in range(5):
+        folder.append_event("0123456")
+    line = '{"event": "0123456"}'
+    assert len(line) == 20
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [line]
+    assert (tmp_path / "metrics.jsonl.1").read_text().splitlines() == [line, line]
+
+
+def test_a_folder_says_whether_it_can_be_written(tmp_path: Path) -> None:
+    assert RunFolder(tmp_path).is_writable()
+    assert not RunFolder(tmp_path / "nowhere").is_writable()

@@ -92,10 +92,7 @@ DEVICE = 'run = "r"\nclient = "a"\nfolder = "f"\nprofile = "p"\ndata = "d"\n'
     "mistake",
     [
         f'brokr = "{URL}"\n',
-        pytest.param(
-            f'broker = ["{URL}"]\n',
-            marks=pytest.mark.xfail(reason="config_files.check quotes a value of a wrong type"),
-        ),
+        f'broker = ["{URL}"]\n',
         f'broker = "{URL}\n',  # the string is never closed
         f'broker = "{URL}"\nbroker = "{URL}"\n',
         f'broker = "{URL}/path"\nseed = -1\n',

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from cloud_aggregator.errors import RunFailedError
 from cloud_aggregator.methods import METHODS, stage_layout
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder, read_record
-from cloud_aggregator.server import RunFailedError
 from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.spool import SpoolFullError
 from device_profiles.errors import InputError
@@ -835,7 +835,7 @@ def test_a_device_that_joins_later_is_measured_at_once_and_trains_in_the_next_ro
 
 
 def test_it_waits_when_every_device_has_left(stage: Stage) -> None:
-    run = Deployed(stage)
+    run = Deployed(stage, minimum_clients=1)
     run.begin()
     for puppet in (run.a, run.b):
         puppet.expect_task("train", 1)
@@ -853,6 +853,73 @@ def test_it_waits_when_every_device_has_left(stage: Stage) -> None:
     record = run.end()
     assert [r.accepted for r in record.rounds] == [["a", "b"], ["b"]]
     assert record.rounds[1].clients[0].status == "skipped"
+
+
+def test_a_round_waits_for_as_many_devices_as_the_run_needs_to_begin(stage: Stage) -> None:
+    run = Deployed(stage, minimum_clients=2)
+    run.begin()
+    for puppet in (run.a, run.b):
+        puppet.expect_task("train", 1)
+        puppet.upload(1.0, 1)
+    run.a.report(run.a.expect_task("evaluate", 1))
+    run.b.expect_task("evaluate", 1)
+    run.b.hello(online=False)
+    run.events.wait_for("round", round=1)
+    run.passes(10 * DEADLINE)
+    run.b.session = LATER
+    run.b.hello()
+    for puppet in (run.a, run.b):
+        puppet.expect_task("train", 2)
+        puppet.upload(1.0, 2)
+    run.measured(2)
+    assert [r.accepted for r in run.end().rounds] == [["a", "b"], ["a", "b"]]
+
+
+def test_a_device_whose_update_is_in_is_not_asked_for_it_again(stage: Stage) -> None:
+    run = Deployed(stage, rounds=1)
+    run.begin()
+    for puppet in (run.a, run.b):
+        puppet.expect_task("train", 1)
+    run.a.upload(1.0, 1)
+    run.a.session = LATER
+    run.a.hello()  # it was started again
+    run.events.wait_for("hello", client="a", times=2)
+    run.b.upload(1.0, 1)
+    assert run.a.expect(Task).work == "evaluate"
+    run.b.report(run.b.expect_task("evaluate", 1))
+    run.passes(601.0)
+    assert run.end().rounds[0].accepted == ["a", "b"]
+
+
+def test_the_end_is_said_to_a_device_that_comes_back_while_others_have_left(stage: Stage) -> None:
+    run = Deployed(stage, rounds=1, farewell_seconds=60.0)
+    run.begin()
+    for puppet in (run.a, run.b):
+        puppet.expect_task("train", 1)
+        puppet.upload(1.0, 1)
+    run.measured(1)
+    run.a.expect_task("stop", 1)
+    run.a.hello(online=False)
+    run.b.hello()  # the broker fell, and what was said to it is lost
+    run.b.expect_task("stop", 1)
+    run.b.expect_task("stop", 1)
+    assert run.thread.is_alive()
+    run.b.hello(online=False)
+    assert run.end().status == "done"
+
+
+def test_a_run_that_is_over_waits_for_nobody_to_say_so(stage: Stage) -> None:
+    run = Deployed(stage, rounds=1)
+    run.begin()
+    for puppet in (run.a, run.b):
+        puppet.expect_task("train", 1)
+        puppet.upload(1.0, 1)
+    run.measured(1)
+    over = run.end()
+    for puppet in (run.a, run.b):
+        puppet.hello(online=False)
+    run.start(over)
+    assert run.end().status == "done"
 
 
 def test_the_grant_of_a_device_that_fell_silent_is_handed_on(stage: Stage) -> None:

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from cloud_aggregator.database import StoreError
 from cloud_aggregator.records import DataRecord, ModelRecord, PricedRecord
+from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder
-from cloud_aggregator.service import Service, load_service, model_record, serve
+from cloud_aggregator.service import Service, _claims, load_service, model_record, serve
+from cloud_aggregator.store import Store
 from device_profiles.errors import InputError
 from device_profiles.modules import BaseShape
 from device_profiles.pricing import CostBasis
@@ -57,6 +60,22 @@ def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
     assert service.minimum_clients == 1
 
 
+def test_a_store_for_large_updates_and_a_chunk_profile_are_read(tmp_path: Path) -> None:
+    text = f'{CONFIG}chunk_bytes = "small"\nclaim_store = "file://{tmp_path}"\n'
+    service = load_service(write(tmp_path, text))
+    claims = _claims(service)
+    assert service.chunk_bytes == 61_440
+    assert claims is not None
+    assert (claims.store.base, claims.above_bytes) == (f"file://{tmp_path}", 8_388_608)
+    assert _claims(load_service(write(tmp_path))) is None
+
+
+def test_a_store_of_no_known_kind_ends_the_service_before_it_begins(tmp_path: Path) -> None:
+    service = load_service(write(tmp_path, f'{CONFIG}claim_store = "ftp://host/x"\n'))
+    with pytest.raises(AddressError, match="claim_store 'ftp://host/x' is of no known kind"):
+        _claims(service)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
@@ -78,6 +97,8 @@ def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
         ("3600", '3600\nplacement = "all"', "unknown LoRA placement 'all'"),
         ("3600", "3600\nlearning_rate = 0", "learning_rate = 0"),
         ("3600", "3600\nchunk_bytes = 1000", "chunk_bytes = 1000"),
+        ("3600", '3600\nchunk_bytes = "tiny"', "unknown chunk profile 'tiny'; choose one of"),
+        ("3600", "3600\nclaim_above_bytes = -1", "claim_above_bytes = -1"),
         (
             "3600",
             '3600\nstages = "instruction,reward,alignment"\n'
@@ -255,7 +276,7 @@ def test_the_aggregator_runs_without_torch(checkpoint: Path) -> None:
 
         sys.meta_path.insert(0, Blocked())
         import cloud_aggregator.cli
-        from cloud_aggregator.service import Service, serve
+        from cloud_aggregator.service import Service, _claims, serve
 
         service = Service(
             run="trial", broker="mqtt://127.0.0.1:9", out={str(checkpoint.parent / "run")!r},
@@ -286,3 +307,105 @@ def test_a_device_loads_nothing_of_the_aggregator() -> None:
         print([name for name in sys.modules if name.startswith("cloud_aggregator")])
         """
     assert run_python(script) == "[]"
+
+
+# -- the run's state ------------------------------------------------------------------------------
+
+PASSWORD = "battery-staple"  # noqa: S105
+POSTGRES = f"postgresql+psycopg://pwff:{PASSWORD}@127.0.0.1:1/runs?sslmode=disable"
+
+
+def test_the_state_of_a_run_is_a_file_in_its_folder_and_each_start_is_counted(
+    checkpoint: Path,
+) -> None:
+    epochs = []
+    for _ in range(2):
+        serve(
+            a_service(checkpoint),
+            notify=lambda _event, **_fields: None,
+            on_start=lambda server: (epochs.append(server._desk._epoch), server.stop()),
+        )
+    assert epochs == [1, 2]
+    assert (checkpoint.parent / "run" / "state.sqlite").exists()
+
+
+def test_the_address_of_the_store_may_come_from_the_environment_and_wins(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = checkpoint.parent / "elsewhere.sqlite"
+    monkeypatch.setenv("PWFF_STORE", f"sqlite:///{elsewhere}")
+    service = a_service(checkpoint, store="sqlite:////nowhere/state.sqlite")
+    serve(service, notify=lambda _event, **_fields: None, on_start=lambda server: server.stop())
+    assert elsewhere.exists()
+    config = (service.out / "config.toml").read_text()
+    assert f'store = "sqlite://{elsewhere}"' in config
+
+
+def test_a_password_in_the_address_of_the_store_is_written_nowhere(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("psycopg")
+    caplog.set_level("DEBUG")
+    service = a_service(checkpoint, store=POSTGRES)
+    with pytest.raises(StoreError) as told:
+        serve(service, notify=lambda _event, **_fields: None, on_start=lambda server: server.stop())
+    assert "the store postgresql+psycopg://127.0.0.1/runs cannot be used" in str(told.value)
+    assert told.value.exit_code == 1
+    monkeypatch.setattr("cloud_aggregator.service.Store", lambda *_: Store(service.out, "trial"))
+    serve(service, notify=lambda _event, **_fields: None, on_start=lambda server: server.stop())
+    config = (service.out / "config.toml").read_text()
+    assert 'store = "postgresql+psycopg://127.0.0.1/runs"' in config
+    for said in (str(told.value), caplog.text, config, repr(service)):
+        assert PASSWORD not in said
+
+
+def test_two_aggregators_on_one_run_are_refused(checkpoint: Path) -> None:
+    service = a_service(checkpoint)
+    with Store(service.out, "trial"):
+        assert "another aggregator is at work on the run" in refused(service)
+
+
+# -- how rounds end and updates count -------------------------------------------------------------
+
+
+def counting_file(tmp_path: Path, text: str) -> Path:
+    return write(tmp_path, f"{text}\n{CONFIG}")
+
+
+def test_a_service_says_how_its_rounds_end_and_what_counts(tmp_path: Path) -> None:
+    text = (
+        'cohort = 2\nover_selection = 2\naggregation = "fedbuff"\nmax_staleness = 3\n'
+        "replacements = false\nheartbeat_seconds = 10\nkeep_states = 4"
+    )
+    service = load_service(counting_file(tmp_path, text))
+    assert service.rules == RoundRules(
+        quorum=0.8, deadline_seconds=3600.0, over_selection=2.0, replacements=False
+    )
+    assert service.counting(service.rules, service.wanted).max_staleness == 3
+    assert (service.heartbeat_seconds, service.keep_states) == (10.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("cohort = 3", "cohort = 3 is above clients = 2"),
+        ("over_selection = 2", "over_selection = 2 without a cohort"),
+        ("over_selection = 11", "over_selection = 11"),
+        ('aggregation = "krum"\nbyzantine = 1', "takes 5 updates, and a round of 2 clients"),
+        ("clip_norm = 1.0", "is for aggregation 'norm-clipped'"),
+        ("keep_states = 0", "keep_states = 0"),
+    ],
+)
+def test_what_could_not_be_aggregated_is_refused_before_the_run(
+    text: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as told:
+        load_service(counting_file(tmp_path, text))
+    assert said in str(told.value)
+
+
+def test_a_run_is_not_gone_on_with_under_another_rule(checkpoint: Path) -> None:
+    service = a_service(checkpoint)
+    serve(service, notify=lambda _event, **_fields: None, on_start=lambda server: server.stop())
+    said = refused(a_service(checkpoint, aggregation="median"))
+    assert "holds a run whose aggregation is 'mean', and 'median' is asked" in said

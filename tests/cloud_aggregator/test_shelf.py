@@ -115,3 +115,26 @@ def test_a_state_that_is_damaged_is_told_by_its_path(
     with pytest.raises(InputError, match="cannot go on") as told:
         shelf.load(4)
     assert str(path) in str(told.value)
+
+
+def test_for_a_broker_of_small_packets_states_come_in_small_pieces(tmp_path: Path) -> None:
+    shelf = Shelf(RUN, LAYOUT, RunFolder(tmp_path), 4096)
+    ref = shelf.put(constant(1.0), 1)
+    assert not shelf.fit(None)
+    assert not shelf.fit(65_536)
+    assert ref.chunks == 1
+    assert shelf.fit(2048)  # 512 of them for the topic: pieces of 1536 - 64
+    smaller = shelf.newest
+    assert smaller is not None
+    assert (smaller.chunk_bytes, smaller.chunks) == (1536, 2)
+    assert shelf.current(ref) == smaller
+    assert b"".join(c.payload for c in ask(shelf, smaller)) == ask_whole(shelf, smaller)
+    assert shelf.put(constant(2.0), 2).chunk_bytes == 1536
+    assert not shelf.fit(None)  # a device may hold the reference
+
+
+def ask_whole(shelf: Shelf, ref: StateRef) -> bytes:
+    """Return a state as it was put."""
+    blob = shelf._blobs[ref.blob][1]
+    assert hashlib.sha256(blob).hexdigest() == ref.blob
+    return blob

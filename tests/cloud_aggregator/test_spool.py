@@ -10,11 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cloud_aggregator.partials import ResumablePartial
 from cloud_aggregator.spool import Spool, SpoolFullError
 from messaging.errors import ProtocolError
+from messaging.protocol import Offer
 from tests.cloud_aggregator.conftest import LAYOUT, blob_of, constant, offer_of
 
 Usage = namedtuple("Usage", "total used free")  # what shutil.disk_usage returns
+
+
+def partial_of(spool: Spool, offer: Offer) -> ResumablePartial:
+    """Return where an offer's pieces go, in the spool that they will be kept in."""
+    return ResumablePartial(spool.path(offer.client).with_suffix(".part"), offer)
 
 
 @given(data=st.data())
@@ -27,7 +34,7 @@ def test_pieces_written_in_any_order_make_the_blob(
     order = data.draw(st.permutations(starts))
     again = data.draw(st.lists(st.sampled_from(starts), max_size=3))
     spool = Spool(tmp_path_factory.mktemp("spool"))
-    partial = spool.open_partial(offer_of("a", blob))
+    partial = partial_of(spool, offer_of("a", blob))
     for start in [*order, *again]:
         partial.write(start, blob[start : start + size])
     assert partial.finish() == blob
@@ -37,7 +44,7 @@ def keep(spool: Spool, client: str, value: float, **changes: int) -> bytes:
     """Let an update arrive whole and be kept."""
     blob = blob_of(client, value, **changes)
     offer = offer_of(client, blob)
-    partial = spool.open_partial(offer)
+    partial = partial_of(spool, offer)
     partial.write(0, blob)
     partial.finish()
     spool.keep(offer)
@@ -48,7 +55,7 @@ def test_an_update_appears_under_its_name_only_once_it_is_kept(tmp_path: Path) -
     spool = Spool(tmp_path / "1")
     blob = blob_of("a", 2.0)
     offer = offer_of("a", blob)
-    partial = spool.open_partial(offer)
+    partial = partial_of(spool, offer)
     partial.write(0, blob)
     partial.finish()
     assert not spool.path("a").exists()
@@ -68,7 +75,7 @@ def test_kept_updates_are_read_in_the_order_asked_for(tmp_path: Path) -> None:
 
 def test_a_partial_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "1")
-    partial = spool.open_partial(offer_of("a", b"blob"))
+    partial = partial_of(spool, offer_of("a", b"blob"))
     partial.write(0, b"bl")
     partial.discard()
     assert list((tmp_path / "1").iterdir()) == []
@@ -76,7 +83,7 @@ def test_a_partial_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_blob_that_is_refused_once_it_is_whole_leaves_nothing(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "1")
-    partial = spool.open_partial(offer_of("a", b"blob"))
+    partial = partial_of(spool, offer_of("a", b"blob"))
     partial.write(0, b"blob")
     assert partial.finish() == b"blob"
     partial.discard()
@@ -86,7 +93,7 @@ def test_a_blob_that_is_refused_once_it_is_whole_leaves_nothing(tmp_path: Path) 
 def test_a_later_process_finds_what_was_kept_with_its_offer(tmp_path: Path) -> None:
     first = Spool(tmp_path / "1")
     blobs = {client: keep(first, client, 1.0) for client in ("b", "a")}
-    half = first.open_partial(offer_of("c", b"blob"))
+    half = partial_of(first, offer_of("c", b"blob"))
     half.write(0, b"bl")
     half.finish()
     found = list(Spool(tmp_path / "1").kept())
@@ -136,7 +143,7 @@ def test_a_full_disk_is_told_with_folder_and_remedy(tmp_path: Path) -> None:
     folder = tmp_path / "1"
     spool = Spool(folder)
     (folder / "a.part").symlink_to("/dev/full")
-    partial = spool.open_partial(offer_of("a", b"blob"))
+    partial = partial_of(spool, offer_of("a", b"blob"))
     with pytest.raises(SpoolFullError, match=r"is full \(No space left.*resume the run") as told:
         partial.write(0, b"blob")
     assert str(folder) in str(told.value)
@@ -150,6 +157,6 @@ def test_a_disk_without_room_for_an_offer_is_told_before_a_byte_is_taken(
     spool = Spool(tmp_path / "1")
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(100, 97, 3))
     with pytest.raises(SpoolFullError, match="3 bytes free, 4 needed"):
-        spool.open_partial(offer_of("a", b"blob"))
+        partial_of(spool, offer_of("a", b"blob"))
     assert list((tmp_path / "1").iterdir()) == []
-    spool.open_partial(offer_of("a", b"blo")).discard()
+    partial_of(spool, offer_of("a", b"blo")).discard()

@@ -15,7 +15,7 @@ import pytest
 from edge_client.agent import Agent
 from edge_client.local_client import Result
 from edge_client.stage_work import GlobalStates
-from messaging import topics
+from messaging import protocol, topics
 from messaging.chunks import Missing, chunk_count, make_chunk, parse_chunk, wire_bytes
 from messaging.codecs import BlobHeader, encode_blob
 from messaging.layout import Layout, TensorSpec, Vector
@@ -37,6 +37,7 @@ from messaging.protocol import (
     decode,
     encode,
 )
+from messaging.security import DeviceSeal, SigningKey
 from messaging.transfer import SILENCE_SECONDS
 from tests.edge_client.conftest import a_device, a_setup, a_task
 
@@ -976,3 +977,124 @@ def test_a_device_says_hello_to_an_aggregator_that_has_not_seen_it(device: Devic
         device.published.clear()
         device.hear(manifest(session=session))
         assert len(device.published) == greetings
+
+
+# -- versions --------------------------------------------------------------------------------------
+
+
+def test_a_device_takes_part_in_a_run_of_a_newer_aggregator_that_still_understands_it(
+    device: Device,
+) -> None:
+    newer = encode(manifest()).replace(b'"schema":1', b'"schema":7,"colour":"red"')
+    device.agent.received(newer, 0.0)
+    assert device.says(Hello).schema_ == 1
+    task = encode(a_task()).replace(b'"schema":1', b'"schema":7,"mood":{"a":[1]}')
+    device.agent.received(task, 0.0)
+    assert device.agent.task is not None
+    assert len(device.work) == 1
+
+
+def test_a_device_that_its_aggregator_no_longer_understands_leaves_with_a_sentence(
+    device: Device,
+) -> None:
+    newer = encode(manifest(oldest=3)).replace(b'"schema":1', b'"schema":7')
+    device.agent.received(newer, 0.0)
+    assert device.agent.finished
+    assert device.agent.failure is not None
+    assert "understands protocol 3 and newer, and this device speaks 1" in device.agent.failure
+    assert "update pwff on this device" in device.agent.failure
+
+
+def test_a_device_leaves_an_aggregator_that_it_no_longer_understands(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "SCHEMA", 3)
+    monkeypatch.setattr(protocol, "OLDEST", 2)
+    device.agent.received(encode(manifest()), 0.0)
+    assert device.agent.failure is not None
+    assert "protocol 1, and this side understands 2 to 3; update pwff" in device.agent.failure
+
+
+def test_a_version_that_nobody_vouches_for_moves_no_sealed_device() -> None:
+    """Anybody can write a byte that says another version; only a true message may end it."""
+    seal = DeviceSeal(
+        run="trial",
+        client=CLIENT,
+        key=bytes(32),
+        verify_key=SigningKey.generate().verify_key,
+        session="0" * 16,
+        epoch=1,
+    )
+    local = _Local()
+    agent = Agent(
+        local, binding=BINDING, publish=lambda *_: None, start_work=lambda _: None, seal=seal
+    )
+    for packet in (b"S\x09M" + bytes(200), encode(manifest(oldest=9))):
+        agent.received(packet, 0.0, topic=topics.manifest("trial"))
+    assert not agent.finished
+    assert agent.refused == {"version": 1, "mac": 1}
+
+
+def test_a_device_that_was_away_asks_for_the_newest_state_alone(device: Device) -> None:
+    states = [a_state(r) for r in range(6)]
+    device.hear(a_task(CLIENT, round=1, state=ref_to(states[0])))
+    device.download(states[0])
+    device.finish_work()
+    device.said()
+    # rounds 2 to 5 go by without it
+    device.hear(a_task(CLIENT, round=6, state=ref_to(states[5], 5)))
+    asked = set()
+    while device.published:
+        want = device.says(Want)
+        asked.add(want.blob)
+        for index in Missing.from_bitmap(want.missing, 17).indices:
+            device.agent.received(make_chunk("trial", want.blob, states[5], index, CHUNK), 1.0)
+    assert asked == {hashlib.sha256(states[5]).hexdigest()}
+    assert len(device.work) == 1
+
+
+# -- brokers that take small packets ---------------------------------------------------------------
+
+
+def on_a_broker(largest: list[int | None]) -> Device:
+    """Return a device whose broker takes packets of the last of these sizes."""
+    device = Device()
+    device.agent = Agent(
+        device.local,
+        binding=BINDING,
+        publish=lambda *packet: device.published.append(packet),
+        start_work=device.work.append,
+        largest_packet=lambda: largest[-1],
+    )
+    return device
+
+
+def test_an_update_is_offered_in_pieces_that_the_broker_takes() -> None:
+    device = on_a_broker([1200])
+    device.local.setup = a_setup(LAYOUT, chunk_bytes=4096)
+    offer = device.offer()
+    assert (offer.chunk_bytes, offer.chunks) == (1024, 6)  # 1200 - 512 is below the least
+
+
+def test_on_a_broker_of_smaller_packets_an_upload_is_offered_anew() -> None:
+    largest: list[int | None] = [None]
+    device = on_a_broker(largest)
+    device.local.setup = a_setup(LAYOUT, chunk_bytes=4096)
+    assert device.offer().chunks == 2
+    largest.append(2048)
+    device.agent.connected(1.0)
+    device.said()
+    device.hear(a_task(CLIENT))
+    offer = device.says(Offer)
+    assert (offer.blob, offer.chunk_bytes, offer.chunks) == (UPDATE_HASH, 1536, 4)
+
+
+def test_a_state_that_comes_in_other_pieces_now_is_asked_for_in_those(device: Device) -> None:
+    blob = a_state()
+    ref = ref_to(blob)
+    device.hear(a_task(CLIENT, state=ref))
+    assert device.says(Want).missing == "ff0000"  # eight of 17
+    larger = ref.model_copy(update={"chunk_bytes": 4096, "chunks": chunk_count(len(blob), 4096)})
+    device.hear(a_task(CLIENT, state=larger), 0.1)
+    assert larger.chunks == 5  # 16,296 bytes in pieces of 4,032
+    assert device.says(Want).missing == "1f"

@@ -32,7 +32,7 @@ from messaging.chunks import wire_bytes
 from messaging.codecs import CODECS, decode_blob
 from messaging.errors import PrivateTensorError
 from messaging.layout import Layout, Vector
-from messaging.protocol import Codec, Outcome, PairFigures
+from messaging.protocol import Codec, Outcome, PairFigures, Task
 from quantization.identity import BaseIdentity
 from tests.edge_client.conftest import (
     ADAPTER_SIZE,
@@ -72,6 +72,7 @@ class Bench:
         method: str = "pwff",
         priced: CostBasis | None = None,
         clock: Callable[[], float] = lambda: 0.0,
+        private: bool = False,
         **changes: Any,
     ) -> LocalClient:
         """Make a client; what is in its folder is its state."""
@@ -88,6 +89,7 @@ class Bench:
             link=LINK,
             folder=folder,
             clock=clock,
+            private=private,
         )
 
     def shared(self, method: str) -> Layout:
@@ -581,3 +583,32 @@ def test_what_another_client_left_on_the_model_is_never_used(
     bench.model.put(random_tensors(identity))
     with pytest.raises(InputError, match="is of other LoRA modules"):
         bench.make().perform(a_task(), of(None), 0)  # adapters of nobody
+
+
+# -- privacy ---------------------------------------------------------------------------------------
+
+
+def a_private_task(work: str) -> Task:
+    """Return a task of a private run."""
+    return a_task(work=work, private=True)
+
+
+def test_a_private_client_gives_its_update_and_nothing_else_of_its_data(bench: Bench) -> None:
+    told = bench.make(private=True).perform(a_private_task("train"), of(bench.start))
+    plain = bench.make("pi5-02").perform(a_task("pi5-02"), of(bench.start))
+    header, update = decode_blob(blob_of(told), bench.layout)
+    assert (header.examples, header.train_loss) == (1, None)
+    assert (told.examples, told.train_loss) == (1, None)
+    assert plain.train_loss is not None
+    assert plain.examples == 4
+    assert update.any()
+
+
+def test_a_private_client_measures_itself_and_says_nothing_of_it(bench: Bench) -> None:
+    told = bench.make(private=True).perform(a_private_task("evaluate"), of(bench.start))
+    assert (told.examples, told.eval_loss, told.eval_accuracy, told.pairs) == (1, None, None, {})
+
+
+def test_a_client_that_is_not_private_does_nothing_for_a_private_run(bench: Bench) -> None:
+    with pytest.raises(InputError, match="set private = true"):
+        bench.make().perform(a_private_task("train"), of(bench.start))

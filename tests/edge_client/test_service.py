@@ -83,7 +83,7 @@ class _Network(MemoryNetwork):
 def network(monkeypatch: pytest.MonkeyPatch) -> _Network:
     """Return the network that the service finds at any address."""
     network = _Network()
-    monkeypatch.setattr(service, "MqttNetwork", lambda _url: network)
+    monkeypatch.setattr(service, "MqttNetwork", lambda _url, _access: network)
     return network
 
 

@@ -10,14 +10,17 @@ import zlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
 from messaging.chunks import (
     CHUNK_BYTES,
     HEADER_BYTES,
     MAX_CHUNKS,
     SMALL_CHUNK_BYTES,
+    ChunkBytes,
     Missing,
     chunk_count,
+    fitting_chunk_bytes,
     make_chunk,
     parse_chunk,
     wire_bytes,
@@ -176,3 +179,35 @@ def test_a_piece_is_missing_until_it_arrived_once() -> None:
     missing.arrived(1)
     missing.arrived(2)
     assert not missing
+
+
+@pytest.mark.parametrize(
+    ("largest", "fitting"),
+    [
+        (None, 122_880),
+        (300_000, 122_880),
+        (131_072, 122_880),  # AWS IoT Core
+        (122_880, 61_440),  # the chunk alone would fit, its topic would not
+        (65_536, 61_440),  # Alibaba
+        (20_480, 19_968),
+        (100, 1024),
+    ],
+)
+def test_chunks_are_as_large_as_the_brokers_packets_allow(
+    largest: int | None, fitting: int
+) -> None:
+    assert fitting_chunk_bytes(CHUNK_BYTES, largest) == fitting
+
+
+def test_chunks_that_a_person_made_small_stay_so() -> None:
+    assert fitting_chunk_bytes(4096, 65_536) == 4096
+    assert fitting_chunk_bytes(4096, 4096) == 3584
+
+
+def test_a_chunk_size_is_a_number_or_the_name_of_a_profile() -> None:
+    read = TypeAdapter(ChunkBytes).validate_python
+    assert (read("standard"), read("small"), read(50_000)) == (122_880, 61_440, 50_000)
+    with pytest.raises(ValidationError, match="choose one of standard, small, or"):
+        read("tiny")
+    with pytest.raises(ValidationError, match="1024"):
+        read(1023)

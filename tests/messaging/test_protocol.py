@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from messaging import topics
+from messaging import protocol, topics
 from messaging.chunks import MAX_CHUNKS
 from messaging.errors import PrivateTensorError, ProtocolError
 from messaging.protocol import (
@@ -149,7 +149,9 @@ def test_json_names_schema_and_kind(record: dict[str, Any]) -> None:
         changed(HELLO, "kind", "GOODBYE"),
         changed(HELLO, "kind", "hello"),
         changed(HELLO, "kind", "TASK"),
-        changed(HELLO, "schema", 2),
+        changed(HELLO, "schema", 0),
+        changed(HELLO, "schema", 1001),
+        changed(HELLO, "schema", "2"),
         changed(HELLO, "schema_", 1),
         changed(HELLO, "extra", 1),
         changed(HELLO, "device.extra", 1),
@@ -258,6 +260,47 @@ def test_every_accepted_identifier_is_one_file_name_and_one_topic_level(identifi
     assert client not in (".", "..")
     assert not set(client) & set("+#$/\\\0\n ")
     assert len(client.encode()) <= 64
+
+
+def of_protocol_2(record: dict[str, Any], **new: Any) -> dict[str, Any]:
+    """Return a message as a newer side would say it."""
+    return {**record, **new, "schema": 2}
+
+
+def test_a_message_of_a_newer_protocol_is_read_without_what_is_not_known_here() -> None:
+    hello = of_protocol_2(HELLO, colour="red", device={**HELLO["device"], "cores": [1, {"a": 2}]})
+    read = decode(json.dumps(hello).encode())
+    assert isinstance(read, Hello)
+    assert read.schema_ == 2
+    assert read.model_copy(update={"schema_": 1}) == MESSAGES[0]
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        changed(of_protocol_2(HELLO, colour="red"), "epoch", -1),  # what is known has its bounds
+        changed(of_protocol_2(HELLO, colour="red"), "online", 1),
+        changed(of_protocol_2(HELLO, colour="red"), "kind", "GREETING"),
+        changed({**HELLO, "colour": "red"}, "schema", 1),  # nobody of this protocol says that
+        json.dumps(of_protocol_2(HELLO, colour="@")).encode().replace(b'"@"', b"9" * 5000),
+    ],
+    ids=["bound", "type", "kind", "same", "digits"],
+)
+def test_what_is_wrong_in_a_message_of_a_newer_protocol_is_refused(payload: bytes) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        decode(payload)
+    assert caught.value.code == "schema"
+
+
+def test_a_message_of_a_protocol_that_is_too_old_is_refused_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(protocol, "SCHEMA", 3)
+    monkeypatch.setattr(protocol, "OLDEST", 2)
+    decode(changed(HELLO, "schema", 2))
+    with pytest.raises(ProtocolError, match=r"protocol 1, .* understands 2 to 3; update") as caught:
+        decode(changed(HELLO, "schema", 1))
+    assert caught.value.code == "version"
 
 
 def test_a_message_of_64_kib_is_read_and_one_byte_more_is_not() -> None:

@@ -158,8 +158,26 @@ def test_an_upload_sends_nothing_without_a_grant_and_a_window_with_one() -> None
     have = Have(run=RUN, client="a", blob=sha(blob), missing=Missing(9, {0, 2, 4, 5, 6}).bitmap())
     assert upload.acknowledged(have, 0.0) == [4, 5]
     assert upload.acknowledged(have, 0.0) == []
-    # a grant starts afresh: what was on its way counts as lost
+    # it answers the first offer, behind which they went out: they are under way still
+    assert upload.granted(grant, 1.0) == []
+    # it answers an offer that went out behind them: they are lost
+    upload.offered_again()
     assert upload.granted(grant, 1.0) == [0, 1, 2, 3]
+
+
+def test_two_grants_for_two_offers_that_crossed_send_a_chunk_once() -> None:
+    # The device is slow: it offers again before it has read the grant that waits for it.
+    blob = bytes_of(8 * 960)
+    upload = Upload(blob, offer_of(blob), now=0.0)
+    grant = Grant(
+        run=RUN, client="a", blob=sha(blob), missing=Missing(8).bitmap(), window=4, expiry_seconds=9
+    )
+    assert upload.must_offer_again(SILENCE_SECONDS)
+    assert upload.granted(grant, 6.0) == [0, 1, 2, 3]
+    assert upload.granted(grant, 6.1) == []
+    # nothing is heard: what went out is lost after all
+    assert upload.must_offer_again(6.1 + SILENCE_SECONDS)
+    assert upload.granted(grant, 12.0) == [0, 1, 2, 3]
 
 
 def test_an_upload_offers_again_after_each_silence_and_only_then() -> None:

@@ -34,6 +34,7 @@ def upgrade() -> None:
         sa.Column("cohort", sa.Text, nullable=False),
         sa.Column("accepted", sa.Text),
         sa.Column("closed_seconds", sa.Float),
+        sa.Column("noise_key", sa.String(32)),
     )
     op.create_table(
         "updates",

@@ -61,7 +61,7 @@ def choose_cohort(
         size: How many, where more are asked than are wanted; by default the rule's.
     """
     if rule.selection == "utility":
-        return _choose_by_utility(rule, devices, rounds, size)
+        return _choose_by_utility(rule, devices, rounds, rule.size if size is None else size)
     names = sorted(devices)
     past = np.zeros(len(names))
     # Only one rule looks back, and one at no channel: pilots of every round before are dear.
@@ -86,17 +86,11 @@ def choose_cohort(
     return [there[place] for place in selected]
 
 
-def choose_replacement(seed: int, number: int, free: Sequence[str]) -> str:
-    """Return who of those that are free is asked in a vanished client's place, each alike."""
-    names = sorted(free)
-    return names[int(stream(seed, "replacement", number, *names).integers(len(names)))]
-
-
 def _choose_by_utility(
     rule: CohortRule,
     devices: Mapping[str, DeviceRecord],
     rounds: Sequence[RoundRecord],
-    size: int | None,
+    size: int,
 ) -> list[str]:
     """Return the clients that promise most in the time that they take, and some not tried yet.
 
@@ -125,7 +119,7 @@ def _choose_by_utility(
             round_=number,
         )
     chosen = select_by_utility(
-        min(rule.size if size is None else size, len(there)),
+        min(size, len(there)),
         stream(rule.seed, "cohort", number),
         worth=worth,
         seconds=seconds,
@@ -133,6 +127,12 @@ def _choose_by_utility(
         exploration=exploration_share(number),
     )
     return [there[place] for place in chosen]
+
+
+def choose_replacement(seed: int, number: int, free: Sequence[str]) -> str:
+    """Return who of those that are free is asked in a vanished client's place, each alike."""
+    names = sorted(free)
+    return names[int(stream(seed, "replacement", number, *names).integers(len(names)))]
 
 
 def _pilots(

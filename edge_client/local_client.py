@@ -159,7 +159,7 @@ class LocalClient:
         try:
             with watch.running():
                 result = self._do(task, states, download_bytes)
-            return replace(result, spent={} if task.private else watch.seconds)
+            return replace(result, spent={} if task.private or self._private else watch.seconds)
         except ValidationError as err:
             raise InputError(
                 f"'{self.device.id}': a figure of round {task.round} ({task.stage}) is beyond what "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 
-from messaging.transport import Connected, Deliver, Network, Transport, Will
+from messaging.transport import Connected, Deliver, Network, Transport, Will, largest_packet
 
 
 class SharedNetwork:
@@ -74,6 +74,11 @@ class SharedNetwork:
         elif there:
             node.connected()
 
+    @property
+    def largest_packet(self) -> int | None:
+        """Bytes of the largest packet that the connection takes, where the broker has said so."""
+        return None if self._transport is None else largest_packet(self._transport)
+
     def publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
         """Send for a node."""
         if self._transport is not None:
@@ -111,6 +116,10 @@ class _Node:
         self.topics = topics
         self.deliver, self.connected = deliver, connected
         self.started = False
+
+    @property
+    def largest_packet(self) -> int | None:
+        return self._shared.largest_packet
 
     def start(self) -> None:
         self._shared.start(self)

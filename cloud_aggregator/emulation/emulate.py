@@ -119,11 +119,11 @@ def emulate(
         if experiment.engine == "ray":
             from cloud_aggregator.emulation.ray_fleet import make_ray_host
 
-            stack.enter_context(_in_this_process(make_ray_host(planned, network), aggregator))
+            stack.enter_context(_in_this_process(make_ray_host(planned, network, keys), aggregator))
         elif url is None:
             from cloud_aggregator.emulation.worker import make_host
 
-            host = make_host(worker_specs(planned)[0], network)
+            host = make_host(worker_specs(planned)[0], network, keys)
             stack.enter_context(_in_this_process(host, aggregator))
         else:
             specs = worker_specs(planned)

@@ -21,6 +21,7 @@ from cloud_aggregator.emulation.bench import load_bases, make_setup
 from cloud_aggregator.emulation.fleet import ClientSpec
 from cloud_aggregator.emulation.plan import Planned, fleet_spec
 from cloud_aggregator.emulation.ray_turn import STATES, Equipment, Taken, Turn, take_turn
+from cloud_aggregator.emulation.seals import make_seals
 from cloud_aggregator.errors import RunFailedError
 from device_profiles.errors import InputError
 from edge_client.disk import replace_file
@@ -29,6 +30,7 @@ from edge_client.ledger import Ledger
 from edge_client.local_client import Result, Setup
 from edge_client.progress import Interruption, StoppedError
 from edge_client.stage_work import GlobalStates
+from messaging.key_files import RunKeys
 from messaging.layout import Vector
 from messaging.protocol import Task
 from messaging.shared import SharedNetwork
@@ -81,8 +83,10 @@ def ray_session(address: str | None, cpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def make_ray_host(planned: Planned, network: Network) -> Host:
+def make_ray_host(planned: Planned, network: Network, keys: RunKeys | None = None) -> Host:
     """Return a host of all clients of a run, which work on the cluster that is connected.
+
+    They seal what they say where there are keys, here: the cluster is given none.
 
     Raises:
         InputError: If the base is no GPT-2, or a precision does not run on this machine.
@@ -90,11 +94,13 @@ def make_ray_host(planned: Planned, network: Network) -> Host:
     require_gpt2(planned.identity, "engine 'ray'")
     fleet = _Fleet(planned)
     places = {c.device.id: planned.folder.client_path(c.device.id) for c in planned.fleet.clients}
+    ledgers = {name: Ledger(folder) for name, folder in places.items()}
     return Host(
         SharedNetwork(network, f"pwff-{planned.experiment.run_name}-{secrets.token_hex(4)}"),
         [_RayClient(fleet, client, places[client.device.id]) for client in planned.fleet.clients],
         binding=planned.binding,
-        ledgers={name: Ledger(folder) for name, folder in places.items()},
+        seals=make_seals(fleet.spec, keys, ledgers),
+        ledgers=ledgers,
         interrupt=fleet.interruption.stop,
         work_threads=fleet.slots,
         keeps_results=False,
@@ -111,7 +117,7 @@ class _Fleet:
     def __init__(self, planned: Planned) -> None:
         import ray
 
-        spec = fleet_spec(planned, planned.fleet.clients)
+        spec = self.spec = fleet_spec(planned, planned.fleet.clients)
         self.interruption = Interruption()
         self.setup: Setup = make_setup(spec, planned.identity)
         self._ray = ray

@@ -164,7 +164,8 @@ def test_how_a_run_is_done_may_change_when_it_is_resumed() -> None:
     changed = {"workers": 1, "transport": "memory", "broker_wait_seconds": 3.0, "rounds": 20}
     check_same(stored(Experiment()), load_experiment(None, changed))
     check_same(stored(Experiment()), Experiment(broker="mqtt://127.0.0.1:1883"))
-    assert {*changed, "broker", "broker_port"} == HOW
+    check_same(stored(Experiment()), Experiment(engine="ray", address="10.0.0.1:6379"))
+    assert {*changed, "broker", "broker_port", "engine", "address"} == HOW
 
 
 def test_a_file_that_is_no_toml_is_told(tmp_path: Path) -> None:

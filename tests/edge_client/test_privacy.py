@@ -26,6 +26,7 @@ FULL = Result(
     costs=Costs(download_bytes=9),
     examples=51,
     blob=b"update",
+    spent={"training": 1.0},
     train_loss=1.5,
     eval_loss=2.5,
     eval_accuracy=0.25,

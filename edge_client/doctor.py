@@ -62,6 +62,8 @@ PACKAGES: dict[str, dict[str, str]] = {
     "endpoint": {"httpx": ">=0.27", "tenacity": ">=9.0"},
     "ray": {"ray": ">=2.40"},
     "broker": {"iotcore": ">=0.4"},
+    "claims": {"aiohttp": ">=3.9", "fsspec": ">=2024.6", "tenacity": ">=9.0"},
+    "claims-s3": {"s3fs": ">=2024.6"},
     "postgresql": {"psycopg[binary]": ">=3.2"},
     "privacy": {"dp-accounting": ">=0.4.3"},
     "tensorboard": {"tensorboardX": ">=2.6"},

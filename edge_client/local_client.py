@@ -45,7 +45,8 @@ from quantization.identity import BaseIdentity
 class Result:
     """What came of a task: figures, and an update where the method shares something.
 
-    ``url`` is where the update lies, if it is large and was put into a store.
+    ``url`` is where the update lies, if it is large and was put into a store. ``spent`` is where
+    this machine's seconds went: no part of what the work came to, so it is not compared.
     """
 
     costs: Costs
@@ -60,7 +61,7 @@ class Result:
     others_loss: float | None = None
     others_accuracy: float | None = None
     kept_steps: int | None = None
-    spent: dict[Part, float] = field(default_factory=dict)
+    spent: dict[Part, float] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ def certs(
     days: int,
     renew: tuple[str, ...],
 ) -> int:
-    r"""Make what a deployment needs so that nobody else takes part.
+    """Make what a deployment needs so that nobody else takes part.
 
     In FOLDER: an authority for development, the broker's certificate with a mosquitto.conf and
     access rules, the aggregator's certificate and the run's keys, and for each device its
@@ -75,7 +75,7 @@ def certs(
     Then give each machine its own folder (FOLDER/broker, FOLDER/aggregator, FOLDER/clients/ID),
     and nobody FOLDER/ca. Where a real authority makes the certificates, the key files alone are
     of use. docs/deployment.md goes on from there.
-    """
+    """  # noqa: D301 - click takes the escape for a paragraph that it must not wrap
     for kind, names in (("run", [run] if run else []), ("client", clients)):
         for name in names:
             if not _IDENTIFIER.fullmatch(name):

@@ -41,8 +41,6 @@ from messaging.transport import Network, is_connected
 
 log = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.5  # in deployment, between two looks at the deadline
-
 Status = Literal["done", "running", "stopped", "failed"]
 
 

@@ -10,8 +10,9 @@ import click
 from cloud_aggregator.credentials import BROKER, Credentials
 from device_profiles.errors import InputError
 from messaging.broker_rules import AGGREGATOR
+from messaging.topics import IDENTIFIER
 
-_IDENTIFIER = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
+_IDENTIFIER = re.compile(IDENTIFIER)
 _RESERVED = (AGGREGATOR, BROKER)
 
 

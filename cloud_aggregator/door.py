@@ -21,7 +21,7 @@ from messaging import topics
 from messaging.errors import ProtocolError
 
 #: A client's name; anything else would be a key of the sender's own choosing.
-_IDENTIFIER = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
+_IDENTIFIER = re.compile(topics.IDENTIFIER)
 _NOBODY = ""  # whose count is that of topics without a client
 #: What a message in the inbox takes beside its payload, roughly: topic, two objects, a pair.
 _AROUND_BYTES = 512

@@ -58,7 +58,13 @@ def main() -> None:
         engine, job, out = arguments.child
         child(engine, Job(**json.loads(job)), Path(out))
         return
-    print(f"{cpu()}, {os.cpu_count()} cores; {versions(arguments.flower)}.")
+    compared = ours()
+    if has_flower(arguments.flower):
+        compared = versions(arguments.flower)
+    else:
+        print(f"{arguments.flower} has no flwr: Flower is left out.", file=sys.stderr)
+        arguments.engines = [e for e in arguments.engines if not e.startswith("flower")]
+    print(f"{cpu()}, {os.cpu_count()} cores; {compared}.")
     with tempfile.TemporaryDirectory() as folder:
         for model in arguments.models:
             place = model
@@ -71,6 +77,12 @@ def main() -> None:
                 subprocess.run([sys.executable, "-c", make, place], check=True)
             job = Job(place, arguments.clients, arguments.rounds, arguments.steps, arguments.batch)
             compare(model, job, arguments)
+
+
+def has_flower(python: str) -> bool:
+    """Return whether an interpreter has Flower."""
+    look = "import importlib.util as i, sys; sys.exit(i.find_spec('flwr') is None)"
+    return subprocess.run([python, "-c", look], check=False).returncode == 0
 
 
 def compare(model: str, job: Job, arguments: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """What holds overfitting back: few rows a client, many passes over them, one restraint at a time.
 
+    python benchmarks/restraint.py
     python benchmarks/restraint.py --out folder
 
 Every ninth row of the kit is divided among three clients, half of it held out: some twenty rows
@@ -105,7 +106,7 @@ def table(found: dict[str, list[list[float]]]) -> list[str]:
 def main() -> int:
     """Run what is not there yet and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs") / "restraint")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     chosen = parser.parse_args()

@@ -10,8 +10,9 @@ import click
 from cloud_aggregator.credentials import BROKER, Credentials
 from device_profiles.errors import InputError
 from messaging.broker_rules import AGGREGATOR
+from messaging.topics import IDENTIFIER
 
-_IDENTIFIER = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
+_IDENTIFIER = re.compile(IDENTIFIER)
 _RESERVED = (AGGREGATOR, BROKER)
 
 
@@ -62,7 +63,7 @@ def certs(
     days: int,
     renew: tuple[str, ...],
 ) -> int:
-    r"""Make what a deployment needs so that nobody else takes part.
+    """Make what a deployment needs so that nobody else takes part.
 
     In FOLDER: an authority for development, the broker's certificate with a mosquitto.conf and
     access rules, the aggregator's certificate and the run's keys, and for each device its
@@ -75,7 +76,7 @@ def certs(
     Then give each machine its own folder (FOLDER/broker, FOLDER/aggregator, FOLDER/clients/ID),
     and nobody FOLDER/ca. Where a real authority makes the certificates, the key files alone are
     of use. docs/deployment.md goes on from there.
-    """
+    """  # noqa: D301 - click takes the escape for a paragraph that it must not wrap
     for kind, names in (("run", [run] if run else []), ("client", clients)):
         for name in names:
             if not _IDENTIFIER.fullmatch(name):

@@ -207,8 +207,8 @@ def emulate(
     """Emulate a fleet on this machine: a broker, the aggregator, and devices that train.
 
     Its argument is the name of an experiment that comes with the project (--list) or a TOML file
-    with any of these options as keys (dashes become underscores); options on the command line go
-    before it. Without one it runs the bundled kit.
+    with any of these options as keys (dashes become underscores); options on the command line win
+    over it. Without one it runs the bundled kit.
 
     With --sweep or --seeds it does many runs, one after another, in the folders below --out, and
     compares them; the same command goes on with what is left of them.

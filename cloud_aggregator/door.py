@@ -21,8 +21,10 @@ from messaging import topics
 from messaging.errors import ProtocolError
 
 #: A client's name; anything else would be a key of the sender's own choosing.
-_IDENTIFIER = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
+_IDENTIFIER = re.compile(topics.IDENTIFIER)
 _NOBODY = ""  # whose count is that of topics without a client
+#: What a message in the inbox takes beside its payload, roughly: topic, two objects, a pair.
+_AROUND_BYTES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,8 @@ class DoorLimits:
         bytes_per_second: Of one client, in the long run; > 0.
         burst_bytes: Of one client at once; >= ``largest_bytes``.
         largest_bytes: Of one message or chunk.
-        waiting_bytes: That lie in the inbox at once, of all clients; >= ``largest_bytes``.
+        waiting_bytes: That lie in the inbox at once, of all clients, small messages at what they
+            take in memory; above ``largest_bytes``.
         clients: Whose rates are remembered; beyond, the one that was silent longest is forgotten.
     """
 
@@ -105,13 +108,15 @@ class Door:
             except ProtocolError as err:
                 self._note(client, err.code)
                 return
-            self._waiting += len(payload)
+            self._waiting += len(payload) + _AROUND_BYTES
         self._admit(topic, payload)
 
     def taken(self, payload: bytes) -> None:
-        """Note that something that was let in has left the inbox."""
+        """Note that something that was let in has left the inbox; nothing empty was."""
+        if not payload:
+            return
         with self._lock:
-            self._waiting -= len(payload)
+            self._waiting -= len(payload) + _AROUND_BYTES
 
     def refusals(self) -> list[tuple[str, str, int]]:
         """Return client, code and number of what was refused since this was last asked."""
@@ -121,7 +126,7 @@ class Door:
 
     @property
     def waiting_bytes(self) -> int:
-        """Bytes that were let in and not taken yet."""
+        """Bytes that were let in and not taken yet, with what is around each message."""
         return self._waiting
 
     def _check(self, client: str, size: int) -> None:
@@ -133,7 +138,7 @@ class Door:
         messages, octets = self._of(client, now)
         if not (messages.holds(1, now) and octets.holds(size, now)):
             raise ProtocolError("rate", "more than one client may send")
-        if self._waiting + size > limits.waiting_bytes:
+        if self._waiting + size + _AROUND_BYTES > limits.waiting_bytes:
             raise ProtocolError("rate", "more than is taken from the inbox at this moment")
         messages.take(1)
         octets.take(size)

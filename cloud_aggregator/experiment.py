@@ -126,7 +126,7 @@ class Experiment(CountingKeys):
         epsilon: Nats by which the held-out loss must improve to count.
         patience: Rounds without improvement until training has converged; 0 for never.
         broker_port: Of the embedded broker; by default a free one.
-        aggregation: And the seven after it: see ``cloud_aggregator.counting.CountingKeys``.
+        aggregation: And the eight after it: see ``cloud_aggregator.counting.CountingKeys``.
         threads: Processor threads a client computes with; part of what the bits depend on.
         engine: ``local`` emulates clients on this machine, ``ray`` on a Ray cluster.
         address: Of that cluster, ``HOST:PORT`` or ``auto``; without it Ray starts on this machine.

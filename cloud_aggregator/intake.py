@@ -15,7 +15,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from cloud_aggregator.aggregation.asynchronous import StaleUpdate
 from cloud_aggregator.aggregation.robust import check_update
@@ -232,11 +231,17 @@ class Intake:
         if self._stale is not None and self._goes_to_stale(offer):
             self._stale.adopt(path, offer)
         else:
-            adopt(path, self._partial_path(offer), offer)
-        try:
-            self.offered(plain, now)
-        finally:
+            adopt(path, self._spool.partial_path(offer.client), offer)
+        self.offered(plain, now)
+        if self._has(offer):  # a hash that is no update of its sender may be of another's blob
             self._fetches.remove(offer.blob)
+
+    def _has(self, offer: Offer) -> bool:
+        """Return whether an offer's update has been taken."""
+        given = self.contributions.get(offer.client)
+        counts = given is not None and given.offer is not None and given.offer.blob == offer.blob
+        stale = self._stale
+        return counts or (stale is not None and stale.holds(offer.round, offer.client))
 
     def _waits_for_late(self, offer: Offer) -> bool:
         """Return whether a late update is still wanted: it was asked for, and is not here yet."""
@@ -271,17 +276,14 @@ class Intake:
         if self._stale is not None and self._goes_to_stale(offer):
             partial = self._stale.open_partial(offer)
         else:
-            partial = ResumablePartial(self._partial_path(offer), offer)
+            partial = ResumablePartial(self._spool.partial_path(offer.client), offer)
         self._partials[offer.client] = partial
         return partial
 
     def _held(self, offer: Offer) -> set[int]:
         if self._stale is not None and self._goes_to_stale(offer):
             return self._stale.held_pieces(offer)
-        return held_pieces(self._partial_path(offer), offer)
-
-    def _partial_path(self, offer: Offer) -> Path:
-        return self._spool.path(offer.client).with_suffix(".part")
+        return held_pieces(self._spool.partial_path(offer.client), offer)
 
     def restore(self) -> None:
         """Take the updates of this round that were acknowledged before the run was broken off."""
@@ -400,8 +402,8 @@ class Intake:
             return
         asked = _asked(self._client_of(offer))
         self._stale.keep(offer, blob, asked, due_seconds=due_seconds)
-        staleness = self.number - offer.round
-        self._notify("stale", client=offer.client, round=offer.round, staleness=staleness)
+        if staleness := self.number - offer.round:  # of this round, it is told when it arrives
+            self._notify("stale", client=offer.client, round=offer.round, staleness=staleness)
 
     def _read(self, offer: Offer, blob: bytes) -> Contribution:
         header, vector = decode_blob(blob, self._client_of(offer).layout)

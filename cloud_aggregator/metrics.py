@@ -36,9 +36,9 @@ from messaging.transport import (
 #: Codes of refusals; what is refused with any other word is counted as ``other``.
 CODES = frozenset(
     (
-        "base", "bitmap", "chunk", "codec", "dtype", "examples", "finite", "format", "grant",
-        "hash", "identity", "late", "layout", "mac", "name", "norm", "private", "range", "rate",
-        "replay", "room", "round", "run", "schema", "session", "shape", "size", "stale",
+        "base", "bitmap", "chunk", "codec", "disk", "dtype", "examples", "finite", "format",
+        "grant", "hash", "identity", "late", "layout", "mac", "name", "norm", "private", "range",
+        "rate", "replay", "room", "round", "run", "schema", "session", "shape", "size", "stale",
         "state", "url", "version",
     )
 )  # fmt: skip
@@ -150,8 +150,6 @@ class Metrics:
         if client in self._states:
             self._move(client, "gone")
             self._granted.pop(client, None)
-
-    _on_silent = _on_gone
 
     def _on_task(
         self, work: str, round: int, clients: Iterable[str], more: bool = False, **_fields: Any

@@ -7,14 +7,11 @@ and then the hash of the whole tells. No file stays open, whatever the number of
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-from cloud_aggregator.spool import SpoolFullError
+from cloud_aggregator.spool import full_is_told, spool_full
 from messaging.chunks import HEADER_BYTES
 from messaging.protocol import Offer
 
@@ -39,9 +36,9 @@ class ResumablePartial:
         free = shutil.disk_usage(path.parent).free
         needed = offer.bytes - len(here) * self._piece_bytes
         if free < needed:
-            raise _full(path, f"{free} bytes free, {needed} needed")
+            raise spool_full(path.parent, f"{free} bytes free, {needed} needed")
         if not here:
-            with _full_is_told(path):
+            with full_is_told(path.parent):
                 path.write_bytes(b"")
                 self._marks.write_bytes(self._head + bytes(offer.chunks))
 
@@ -51,7 +48,7 @@ class ResumablePartial:
         Raises:
             SpoolFullError: If the disk has no room.
         """
-        with _full_is_told(self._path):
+        with full_is_told(self._path.parent):
             _write_at(self._path, offset, payload)
             _write_at(self._marks, len(self._head) + offset // self._piece_bytes, b"\1")
 
@@ -61,7 +58,7 @@ class ResumablePartial:
         Raises:
             SpoolFullError: If the disk has no room.
         """
-        with _full_is_told(self._path), self._path.open("rb+") as file:
+        with full_is_told(self._path.parent), self._path.open("rb+") as file:
             os.fsync(file.fileno())
             blob = file.read()
         self._marks.unlink(missing_ok=True)
@@ -79,7 +76,7 @@ def adopt(whole: Path, path: Path, offer: Offer) -> None:
     Raises:
         SpoolFullError: If the disk has no room for the marks.
     """
-    with _full_is_told(path):
+    with full_is_told(path.parent):
         whole.replace(path)
         _marks_path(path).write_bytes(_head(offer) + b"\1" * offer.chunks)
 
@@ -115,20 +112,3 @@ def _write_at(path: Path, offset: int, payload: bytes) -> None:
             written += os.pwrite(file, payload[written:], offset + written)
     finally:
         os.close(file)
-
-
-@contextlib.contextmanager
-def _full_is_told(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as err:
-        if err.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _full(path, err.strerror or "no space") from err
-        raise
-
-
-def _full(path: Path, detail: str) -> SpoolFullError:
-    return SpoolFullError(
-        f"the disk of the spool {path.parent} is full ({detail}); make room there, then resume "
-        "the run"
-    )

@@ -69,7 +69,8 @@ class Registry:
             ProtocolError: If the device is built on something else than the run.
         """
         if not hello.online:
-            if self._sessions.get(hello.client, hello.session) == hello.session:
+            known = hello.client in self.devices  # names of strangers are not kept
+            if known and self._sessions.get(hello.client, hello.session) == hello.session:
                 self._gone([hello.client])
             return False
         if self._known is not None and hello.client not in self._known:

@@ -53,10 +53,11 @@ class Spool:
     def __init__(self, folder: Path, ledger: Ledger | None = None) -> None:
         self._folder = folder
         self._ledger: Ledger = _Notes(folder) if ledger is None else ledger
-        with _full_is_told(folder):
+        with full_is_told(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def _partial(self, client: str) -> Path:
+    def partial_path(self, client: str) -> Path:
+        """Return where a client's update is while it arrives."""
         return self._folder / f"{client}.part"
 
     def path(self, client: str) -> Path:
@@ -70,7 +71,7 @@ class Spool:
             DiskFullError: If the disk has no room for the offer beside it.
             StoreError: If the ledger cannot be written.
         """
-        self._partial(offer.client).replace(self.path(offer.client))
+        self.partial_path(offer.client).replace(self.path(offer.client))
         folder = os.open(self._folder, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -122,16 +123,22 @@ class _Notes:
 
 
 @contextlib.contextmanager
-def _full_is_told(path: Path) -> Iterator[None]:
+def full_is_told(folder: Path) -> Iterator[None]:
+    """Tell that a disk is full as a fault of the spool, or of whichever ``folder`` is on it.
+
+    Raises:
+        SpoolFullError: In place of what the system says.
+    """
     try:
         yield
     except OSError as err:
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _full(path.parent, err.strerror or "no space") from err
+            raise spool_full(folder, err.strerror or "no space") from err
         raise
 
 
-def _full(folder: Path, detail: str) -> SpoolFullError:
+def spool_full(folder: Path, detail: str) -> SpoolFullError:
+    """Return the error of a ``folder`` whose disk is full, with the remedy."""
     return SpoolFullError(
         f"the disk of the spool {folder} is full ({detail}); make room there, then resume the run"
     )

@@ -30,12 +30,13 @@ from pydantic import (
 
 from messaging.chunks import MAX_CHUNKS, chunk_count
 from messaging.errors import OtherVersionError, ProtocolError
+from messaging.topics import IDENTIFIER
 
 SCHEMA: Final = 1  # what this side speaks
 OLDEST: Final = 1  # the oldest that it still understands
 MAX_MESSAGE_BYTES = 65_536
 
-Identifier = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
+Identifier = Annotated[str, Field(pattern=f"^{IDENTIFIER}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Amount = Annotated[float, Field(ge=0, le=1e15)]

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 ROOT = "pwff/v1"
 
+#: Pattern of the name of a run or a client.
+IDENTIFIER = r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?"
+
 
 def state(run: str, client: str) -> str:
     """Return the topic on which a device says that it is there."""

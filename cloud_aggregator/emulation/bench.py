@@ -84,7 +84,6 @@ class Bench:
         self.setup = make_setup(spec, identity)
         self._private = spec.private
         self._identity = identity
-        self._private = spec.private
         self._examples, self._preferences = examples, preferences
         counts: dict[str, int] = {}
         for client in spec.clients:

@@ -28,7 +28,7 @@ from cloud_aggregator.records import RunRecord
 from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.server import Aggregator
 from cloud_aggregator.store import Store
-from cloud_aggregator.trackers import open_trackers
+from cloud_aggregator.trackers import check_trackers, open_trackers
 from device_profiles.config_files import read_toml
 from device_profiles.errors import InputError
 from messaging.broker import embedded_broker
@@ -74,6 +74,7 @@ def emulate(
     if experiment.engine == "ray":
         require("ray", "engine 'ray' emulates on a cluster of it", extra="ray")
     check_experiment(experiment, "experiment")
+    check_trackers(track)  # before there is a folder
     folder = RunFolder(new_place(experiment) if out is None else out)
     _check_folder(folder, experiment, resume=resume)
     planned = plan_run(experiment, folder)
@@ -134,9 +135,7 @@ def emulate(
 
 def _keys(experiment: Experiment, run: str) -> RunKeys | None:
     """Return keys for a run over a broker that others may reach too."""
-    if experiment.broker is None or experiment.transport == "memory":
-        return None
-    return RunKeys.generate(run) if experiment.engine == "local" else None
+    return None if experiment.broker is None else RunKeys.generate(run)
 
 
 def new_place(experiment: Experiment) -> Path:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from cloud_aggregator.aggregation import asynchronous
 from cloud_aggregator.simulation.asking import Asked, Asking
 from cloud_aggregator.simulation.devices import TASK_PARTS, Devices, Tasks
 from cloud_aggregator.simulation.result import (
@@ -32,12 +33,15 @@ from cloud_aggregator.simulation.result import (
 from cloud_aggregator.simulation.settings import Simulation
 from cloud_aggregator.simulation.work import Done, carry_out, closing_time, waiting_joules
 from device_profiles.availability import Places
+from device_profiles.errors import InputError
 from device_profiles.fading import Floats
 
 #: Told of ``asked`` (at, places), ``accepted`` (at, places) and ``row`` (row).
 Notify = Callable[..., None]
 
-_FEDBUFF_EXPONENT = 0.5
+#: Tasks in a row, without rounds, of which not one is done: nothing will come of the run.
+MOST_IN_VAIN = 100_000
+
 _MIXING, _FEDASYNC_EXPONENT = 0.6, 0.5
 _FILLED_AT_ONCE = 100  # fedasync: this part of the cohort
 
@@ -53,7 +57,7 @@ def simulate(
         devices: The fleet; by default that of the settings.
 
     Raises:
-        InputError: If the fleet or a setting of the trace does not fit.
+        InputError: If the fleet or a setting of the trace does not fit, or no task is ever done.
     """
     run = _Run(settings, notify or _nobody, devices or Devices(settings))
     rows = run.synchronous() if settings.mode == "synchronous" else run.asynchronous()
@@ -70,7 +74,7 @@ def staleness_weight(settings: Simulation, staleness: int) -> float:
     if settings.mode == "synchronous":
         return 1.0
     if settings.mode == "fedbuff":
-        return float((1 + staleness) ** -_FEDBUFF_EXPONENT)
+        return asynchronous.staleness_weight(staleness)
     alpha = _MIXING if settings.mixing is None else settings.mixing
     exponent = settings.staleness_exponent
     exponent = _FEDASYNC_EXPONENT if exponent is None else exponent
@@ -160,6 +164,7 @@ class _Run:
         queue: list[_Event] = []  # by time, then by place
         buffer: list[tuple[_Wave, int]] = []
         now, version, updates, due = 0.0, 0, 0, True
+        in_vain = 0  # tasks that were lost since the last that was not
         aggregations = settings.cohort if settings.mode == "fedasync" else 1  # a row
         at_once = max(1, settings.cohort // _FILLED_AT_ONCE) if settings.mode == "fedasync" else 1
         while len(rows) < settings.rounds:
@@ -173,7 +178,11 @@ class _Run:
             tally.bytes_down += float(self.devices.bits_down[kind] * wave.done.received[row]) / 8
             if wave.done.lost[row]:
                 tally.lost += 1
+                in_vain += 1
+                if in_vain >= MOST_IN_VAIN:
+                    raise _hopeless(in_vain)
                 continue
+            in_vain = 0
             tally.bytes_up += float(self.devices.bits_up[kind]) / 8
             buffer.append((wave, row))
             if len(buffer) < settings.buffer:
@@ -260,6 +269,13 @@ class _Run:
         np.add.at(self.bits, places, self.devices.bits_up[self.devices.kind[places]])
         np.add.at(self.air, places, air_seconds)
         self._notify("accepted", at=at, places=places)
+
+
+def _hopeless(tasks: int) -> InputError:
+    return InputError(
+        f"{tasks} tasks in a row were lost: devices leave, or their batteries end, before a task "
+        "does; give fewer local_steps, or a trace in which devices stay longer"
+    )
 
 
 def _nobody(event: str, **fields: Any) -> None:

@@ -68,7 +68,7 @@ class Simulation(Config):
         mixing: Alpha of ``fedasync`` (0.6).
         staleness_exponent: a of its weight alpha * (1 + staleness)**-a (0.5).
         selection: How those who are asked are chosen among those who check in.
-        availability: When devices are there (``device_profiles/availability.py``); the five keys
+        availability: When devices are there (``device_profiles/availability.py``); the six keys
             after ``seed`` are its settings.
     """
 

@@ -69,12 +69,15 @@ def test_what_is_too_large_is_refused_by_its_size_and_takes_nothing_of_the_rate(
 
 
 def test_what_waits_is_bounded_whoever_sends_until_it_is_taken() -> None:
-    hall = Hall(waiting_bytes=100)
+    """512 bytes are reckoned around each message: one of a byte is no smaller in memory."""
+    hall = Hall(waiting_bytes=3 * 512 + 100)
     assert sum(hall.send(f"c{i}", bytes(30)) for i in range(10)) == 3
-    assert hall.door.waiting_bytes == 90
+    assert hall.door.waiting_bytes == 3 * 512 + 90
     hall.door.taken(bytes(30))
+    hall.door.taken(b"")  # that there is a connection came past the door
+    assert hall.send("y", bytes(41)) == 0
     assert hall.send("z", bytes(40)) == 1
-    assert hall.door.waiting_bytes == 100
+    assert hall.door.waiting_bytes == 3 * 512 + 100
 
 
 def test_no_more_clients_are_remembered_than_there_is_room_for() -> None:

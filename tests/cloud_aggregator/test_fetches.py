@@ -127,6 +127,22 @@ def test_an_update_in_the_store_counts_and_is_removed_from_there(
     assert list((tmp_path / "store").iterdir()) == []
 
 
+def test_a_device_that_offers_what_is_anothers_does_not_have_it_removed(
+    counter: Counter, store: ClaimStore, tmp_path: Path
+) -> None:
+    """Global states lie in the same store under their hashes, which every device knows."""
+    others = blob_of("b", 4.0)
+    name = hashlib.sha256(others).hexdigest()
+    store.put(others, name)
+    counter.intake.offered(offer_of("a", others, url=store.url_of(name)), 1.0)
+    counter.take()
+    (reject,) = counter.sent
+    assert isinstance(reject, Reject)
+    assert reject.code == "identity"
+    counter.close()
+    assert [path.name for path in (tmp_path / "store").iterdir()] == [name]
+
+
 def test_an_offer_that_is_said_again_meanwhile_is_fetched_once(
     counter: Counter, store: ClaimStore
 ) -> None:

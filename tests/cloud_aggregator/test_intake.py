@@ -732,7 +732,7 @@ def test_the_accepted_set_that_was_recorded_wins_over_the_order_after_a_restart(
             # a was granted before the round closed, so that it lies in the spool as well
             assert first.round.closed_at == 2.0
             assert first.update("a", 1.0, at=BEGAN + 3) == "late"
-            first.spool.path("a").with_suffix(".part").unlink(missing_ok=True)
+            first.spool.partial_path("a").unlink(missing_ok=True)
             break
     assert first.round.accepted == ["b", "c"]
     again = Desk(tmp_path / "1", quorum=0.6)

@@ -27,7 +27,7 @@ def peak_bytes(folder: Path, clients: int, rule: str, robust: RobustSettings) ->
             run=RUN, round=1, sender=name, codec="fp32", layout=LAYOUT.sha256, examples=1
         )
         blob = encode_blob(constant(1.0, LAYOUT), LAYOUT, head)
-        spool.path(name).with_suffix(".part").write_bytes(blob)
+        spool.partial_path(name).write_bytes(blob)
         spool.keep(offer_of(name, blob))
     state = constant(0.0, LAYOUT)
     tracemalloc.start()

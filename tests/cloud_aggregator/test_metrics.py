@@ -155,7 +155,8 @@ def test_every_code_that_the_sources_refuse_with_has_a_series_of_its_own() -> No
     codes: set[str] = set()
     for package in ("messaging", "cloud_aggregator"):
         for path in (root / package).rglob("*.py"):
-            codes |= set(re.findall(r'ProtocolError\(\s*"([a-z-]+)"', path.read_text()))
+            refusing = r'(?:ProtocolError\(\s*|fault = )"([a-z-]+)"'
+            codes |= set(re.findall(refusing, path.read_text()))
     assert len(codes) > 10
     assert codes <= CODES
 

@@ -52,6 +52,13 @@ def test_a_device_that_left_is_known_and_not_there(registry: Registry) -> None:
     assert "a" in registry.devices
 
 
+def test_who_never_came_cannot_leave_and_its_name_is_not_kept(registry: Registry) -> None:
+    for number in range(9):
+        assert not registry.greeted(left(f"stranger-{number}"))
+    assert registry.changes == 0
+    assert not registry._left
+
+
 def test_the_will_of_an_older_session_does_not_send_the_newer_one_away(registry: Registry) -> None:
     registry.greeted(hello())
     registry.greeted(hello(session=LATER))

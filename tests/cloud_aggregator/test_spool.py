@@ -21,7 +21,7 @@ Usage = namedtuple("Usage", "total used free")  # what shutil.disk_usage returns
 
 def partial_of(spool: Spool, offer: Offer) -> ResumablePartial:
     """Return where an offer's pieces go, in the spool that they will be kept in."""
-    return ResumablePartial(spool.path(offer.client).with_suffix(".part"), offer)
+    return ResumablePartial(spool.partial_path(offer.client), offer)
 
 
 @given(data=st.data())

@@ -135,6 +135,14 @@ def test_a_late_update_is_taken_and_the_next_round_folds_it_in_with_its_age(run:
     assert run.folded() == []
 
 
+def test_an_update_is_told_once_however_late_it_comes(run: Buffered) -> None:
+    """Metrics count updates by these: late in its own round it is no stale one besides."""
+    run.first_round()
+    told = [(event, fields["client"]) for event, fields in run.told if event != "granted"]
+    assert told == [("update", "a"), ("update", "b"), ("update", "c")]
+    assert run.told[-1][1]["verdict"] == "late"
+
+
 def test_an_update_for_an_earlier_round_is_taken_while_a_later_one_is_open(run: Buffered) -> None:
     run.begin(1)
     run.update("a", 1.0, 1, 1.0)

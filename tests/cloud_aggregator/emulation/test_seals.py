@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from cloud_aggregator.emulation import emulate
 from cloud_aggregator.emulation.seals import from_environment, make_seals, to_environment
+from cloud_aggregator.experiment import Experiment
 from edge_client.ledger import Ledger
 from messaging.errors import SecretError
 from messaging.key_files import MASTER_VARIABLE, SIGNING_VARIABLE, RunKeys
@@ -21,6 +23,15 @@ def test_a_worker_has_the_keys_that_its_run_made_and_none_where_it_made_none() -
     assert from_environment("trial", to_environment(KEYS)) == KEYS
     assert to_environment(None) == {}
     assert from_environment("trial", {}) is None
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_fleet_on_a_broker_that_is_given_has_keys_and_on_its_own_none(engine: Any) -> None:
+    given = Experiment(engine=engine, broker="mqtt://broker.lan")
+    first, second = emulate._keys(given, "trial"), emulate._keys(given, "trial")
+    assert first is not None
+    assert first != second  # of each start
+    assert emulate._keys(Experiment(engine=engine), "trial") is None
 
 
 def test_keys_of_a_service_in_the_environment_are_none_of_a_workers() -> None:

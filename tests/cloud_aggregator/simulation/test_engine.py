@@ -11,11 +11,13 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from cloud_aggregator.simulation import engine
 from cloud_aggregator.simulation.devices import Devices, Tasks
 from cloud_aggregator.simulation.engine import simulate, staleness_weight
 from cloud_aggregator.simulation.result import PARTS, Result
 from cloud_aggregator.simulation.settings import Simulation, load_simulation
 from device_profiles.availability import Places
+from device_profiles.errors import InputError
 from device_profiles.fading import Floats
 
 RUNS = hypothesis_settings(
@@ -111,6 +113,19 @@ def test_a_lost_device_is_replaced_when_the_buffer_could_not_be_filled() -> None
     row = three([10, 20, 45], lost=(2,), rounds=1, mode="fedbuff", buffer_size=3).rounds[0]
     assert (row.accepted, row.ended_at) == (3, 55)  # 10, 20, lost at 45, 45 + 10
     assert row.lost == 1
+
+
+@pytest.mark.parametrize("mode", ["fedbuff", "fedasync"])
+def test_a_run_whose_devices_never_stay_for_a_task_ends_with_a_sentence(
+    mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stay for 36 ms on average, and no downlink is so short."""
+    monkeypatch.setattr(engine, "MOST_IN_VAIN", 50)
+    settings = Simulation(
+        mode=mode, devices=5, cohort=5, rounds=1, availability="churn", on_hours=1e-5
+    )
+    with pytest.raises(InputError, match=r"50 tasks in a row were lost.*fewer local_steps"):
+        simulate(settings)
 
 
 def test_weights_of_stale_updates() -> None:

@@ -10,13 +10,15 @@ import hashlib
 import logging
 import secrets
 from collections import Counter
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, Protocol
+from typing import Literal
 
 from device_profiles.seeds import stream
+from edge_client.arrivals import Arrivals
+from edge_client.downloads import Downloads
 from edge_client.ledger import Ledger
-from edge_client.local_client import Result, Setup
+from edge_client.local_client import Performer, Result
 from edge_client.outbox import Outbox, task_key
 from edge_client.stage_work import GlobalStates
 from messaging import chunks, protocol, security, topics
@@ -24,16 +26,11 @@ from messaging.chunks import (
     chunk_count,
     fitting_chunk_bytes,
     make_chunk,
-    parse_chunk,
-    wire_bytes,
 )
 from messaging.claims import Claims
-from messaging.codecs import decode_blob, max_blob_bytes
 from messaging.errors import OtherVersionError, ProtocolError
-from messaging.layout import Layout, Vector
 from messaging.protocol import (
     Alive,
-    DeviceRecord,
     Done,
     Grant,
     Have,
@@ -43,7 +40,6 @@ from messaging.protocol import (
     Offer,
     Reject,
     Report,
-    Stage,
     StateRef,
     Task,
     Want,
@@ -51,25 +47,14 @@ from messaging.protocol import (
     encode,
 )
 from messaging.security import DeviceSeal
-from messaging.transfer import SILENCE_SECONDS, Download, Upload
+from messaging.transfer import Upload
 
 log = logging.getLogger(__name__)
 
-_DOWN_WINDOW = 8
 # the same device will be refused again
 FATAL_REJECTS = frozenset({"base", "layout", "private", "version"})
 
 Publish = Callable[[str, bytes, bool], None]
-
-
-class Performer(Protocol):
-    """Whoever does a device's work."""
-
-    setup: Setup
-    device: DeviceRecord
-
-    def perform(self, task: Task, states: GlobalStates, download_bytes: int) -> Result:
-        """Train, evaluate or restore."""
 
 
 class Agent:
@@ -90,7 +75,7 @@ class Agent:
             chunks.
         start_fetch: Fetches a global state elsewhere; it comes back through ``fetched``.
         spread: Told over how many seconds devices return after a break.
-        held: Global states by their hash, where agents of one process have them in common.
+        arrivals: What agents of one process wait for and hold in common; by default nothing.
         keeps_results: Whether an update stays in memory until another task comes, for an aggregator
             that loses it after all; otherwise it would be done again, to the same bits.
 
@@ -113,7 +98,7 @@ class Agent:
         largest_packet: Callable[[], int | None] = lambda: None,
         claims: Claims | None = None,
         start_fetch: Callable[[StateRef], None] | None = None,
-        held: MutableMapping[str, Vector] | None = None,
+        arrivals: Arrivals | None = None,
         keeps_results: bool = True,
     ) -> None:
         self.local = local
@@ -131,9 +116,14 @@ class Agent:
         self._heartbeat, self._spread = heartbeat_seconds, spread
         self._largest_packet = largest_packet
         self._claims = claims
-        self._start_fetch = start_fetch
-        self._fetching: StateRef | None = None
-        self._unfetchable: set[str] = set()  # states that their store did not give
+        self._downloads = Downloads(
+            local.setup,
+            Arrivals() if arrivals is None else arrivals,
+            ask=self._want,
+            start_fetch=None if claims is None else start_fetch,
+            ready=self._begin,
+            fail=self._fail,
+        )
         self._window = 0.0  # seconds over which devices return after a break
         self._greetings = 0
         self._greet_at: float | None = None
@@ -141,12 +131,7 @@ class Agent:
         self._taken_back: tuple[int, ...] = ()
         self._task: Task | None = None
         self._working = False
-        self._held: dict[str, Vector] = {}  # global states by their hash
-        self._in_common = {} if held is None else held
         self._keeps_results = keeps_results
-        self._newest: dict[Stage, str] = {}  # of each stage: a later one asks for it again
-        self._downloaded = 0
-        self._download: Download | None = None
         self._upload: Upload | None = None
         self._result: Result | None = None  # kept until another task comes: it may be asked again
         self._arrived = False  # what came of the task is with the aggregator, and not kept here
@@ -216,7 +201,7 @@ class Agent:
             return  # a retained message was cleared
         try:
             if payload.startswith(chunks.MAGIC):
-                self._data(payload, now)
+                self._downloads.chunk(payload, now)
             else:
                 self._take(decode(self._opened(payload, topic)), now)
         except ProtocolError as err:
@@ -297,7 +282,11 @@ class Agent:
 
     def _fail(self, reason: str) -> None:
         self.failure = reason
+        self._finish()
+
+    def _finish(self) -> None:
         self.finished = True
+        self._downloads.stop()
 
     def gave_up(self, reason: str) -> None:
         """Leave the run: what the device was asked for cannot be done, for this reason."""
@@ -305,7 +294,7 @@ class Agent:
         self._fail(reason)
 
     def _leave(self) -> None:
-        self.finished = True
+        self._finish()
         self._settle()
 
     def _settle(self) -> None:
@@ -337,9 +326,7 @@ class Agent:
             else:
                 self._answer(now)  # what came of it was perhaps lost on the way
             return
-        for ref, layout in self._needed(task):
-            if ref.bytes > max_blob_bytes(layout, "fp32"):
-                raise ProtocolError("size", f"a global state of {ref.bytes} bytes is too large")
+        self._downloads.check(task)
         self._task = task
         self._result = self._upload = None
         self._arrived = False
@@ -348,29 +335,18 @@ class Agent:
         if self._outbox is not None:
             self._result = self._outbox.of(task)
         if self._result is not None:  # it was trained before the device was started again
+            self._downloads.stop()
             self._answer_from_disk(self._result, now)
         else:
             self._settle()
             self._begin(now)
 
     def _begin(self, now: float) -> None:
+        """Start the task at hand once its states are here, unless another is under way."""
         task = self._task
-        if task is None:
+        if task is None or self._working or not self._downloads.complete(task, now):
             return
-        absent = next((ref for ref, _ in self._needed(task) if ref.blob not in self._held), None)
-        if absent is not None and self._lies_in_store(absent):
-            if self._fetching != absent and self._start_fetch is not None:
-                self._fetching, self._download = absent, None
-                self._start_fetch(absent)
-            return
-        if absent is not None:
-            if self._download is None or self._download.ref != absent:
-                self._download = Download(absent, now - SILENCE_SECONDS)
-            self._ask(now)
-            return
-        self._download = None
-        states = self._states(task)
-        downloaded, self._downloaded = self._downloaded, 0
+        states, downloaded = self._downloads.take(task, self._taken_back)
         self._working = True
         self._start_work(lambda: self._perform(task, states, downloaded))
 
@@ -398,105 +374,21 @@ class Agent:
         self._result, self._working = None, True
         self._start_work(lambda: self._put_if_large(result))
 
-    def _lies_in_store(self, ref: StateRef) -> bool:
-        can = self._claims is not None and self._start_fetch is not None
-        return can and ref.url is not None and ref.blob not in self._unfetchable
-
     def fetched(self, ref: StateRef, blob: bytes | None, now: float) -> None:
-        """Take a global state from the store; without it, ask for its chunks."""
-        if self._fetching == ref:
-            self._fetching = None
-        if self.finished:
-            return
-        if blob is not None:
-            self._install(ref, blob, now, travelled=len(blob))
-            return
-        self._unfetchable.add(ref.blob)
-        if not self._working:
-            self._begin(now)
+        """Take a global state from the store, for all that wait for it; without it, its chunks."""
+        self._downloads.fetched(ref, blob, now)
 
-    def _needed(self, task: Task) -> list[tuple[StateRef, Layout]]:
-        """Return the global states that a task names, and what is in each."""
-        layouts = self.local.setup.layouts
-        named: list[tuple[StateRef | None, Stage]] = [
-            (task.state, task.stage),
-            (task.reward, "reward"),
-            (task.reference, "alignment"),
-        ]
-        return [(ref, layouts[stage]) for ref, stage in named if ref and stage in layouts]
-
-    def _states(self, task: Task) -> GlobalStates:
-        """Return a task's states; forget those that no task will name again."""
-        if task.state is not None:
-            self._newest[task.stage] = task.state.blob
-        kept = {ref.blob for ref, _ in self._needed(task)} | set(self._newest.values())
-        self._held = {blob: vector for blob, vector in self._held.items() if blob in kept}
-
-        def of(ref: StateRef | None) -> Vector | None:
-            return self._held[ref.blob] if ref is not None and ref.blob in self._held else None
-
-        return GlobalStates(
-            shared=of(task.state),
-            reward=of(task.reward),
-            reference=of(task.reference),
-            taken_back=self._taken_back,
-        )
-
-    def _ask(self, now: float) -> None:
-        download = self._download
-        if download is None or not (wanted := download.wanted(_DOWN_WINDOW, now)):
-            return
-        bits = sum(1 << i for i in wanted).to_bytes((download.ref.chunks + 7) // 8, "little")
+    def _want(self, ref: StateRef, pieces: list[int]) -> None:
+        bits = sum(1 << i for i in pieces).to_bytes((ref.chunks + 7) // 8, "little")
         self._send(
             Want(
                 run=self.run,
                 client=self.id,
                 session=self.session,
-                blob=download.ref.blob,
+                blob=ref.blob,
                 missing=bits.hex(),
             )
         )
-
-    def _data(self, packet: bytes, now: float) -> None:
-        chunk = parse_chunk(self.run, packet)
-        download = self._download
-        if download is None or chunk.blob != download.ref.blob:
-            return  # a chunk that came twice
-        download.arrived(chunk, now)
-        if download.missing:
-            self._ask(now)
-            return
-        ref = download.ref
-        travelled = wire_bytes(ref.bytes, ref.chunk_bytes)
-        self._install(ref, download.finish(), now, travelled=travelled)
-
-    def _install(self, ref: StateRef, blob: bytes, now: float, *, travelled: int) -> None:
-        layout = self._layout_of(ref)
-        if layout is None:
-            return  # another task came in the meantime
-        try:
-            header, vector = decode_blob(blob, layout)
-        except ProtocolError as err:  # its hash is right: to ask again would be of no use
-            self._fail(f"the global state of round {ref.round} cannot be used: {err.reason}")
-            return
-        if header.run != self.run or header.round != ref.round:
-            self._fail(
-                f"the global state of round {ref.round} says that it is of round {header.round} "
-                f"of the run '{header.run}'"
-            )
-            return
-        self._held[ref.blob] = self._in_common.setdefault(ref.blob, vector)
-        # What earlier stages left was counted in theirs: only a device that was started again
-        # fetches it anew, and what a round costs does not depend on that.
-        if self._task is not None and ref == self._task.state:
-            self._downloaded += travelled
-        self._download = None
-        if not self._working:
-            self._begin(now)
-
-    def _layout_of(self, wanted: StateRef) -> Layout | None:
-        needed = self._needed(self._task) if self._task is not None else []
-        return next((layout for ref, layout in needed if ref == wanted), None)
 
     def worked(self, task: Task, result: Result, now: float) -> None:
         """Take the result of a finished task: upload its update, or report its figures."""
@@ -580,8 +472,7 @@ class Agent:
         self._say_alive(now)
         if self._upload is not None and self._upload.must_offer_again(now):
             self._send(self._upload.offer)
-        if self._download is not None:
-            self._ask(now)
+        self._downloads.tick(now)
 
     def _say_alive(self, now: float) -> None:
         if self._heartbeat is None or self._alive_at is None:

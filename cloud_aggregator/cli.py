@@ -276,7 +276,8 @@ def _close(
 )
 def aggregator(path: Path, verbose: bool, log_level: str | None, log_format: logs.Format) -> int:
     """Run the cloud side of a run until it is done or stopped; it resumes where it was."""
-    from cloud_aggregator.service import load_service, serve
+    from cloud_aggregator.service import serve
+    from cloud_aggregator.service_config import load_service
 
     for_machines = log_format == "json"
     console = Console(quiet=for_machines)

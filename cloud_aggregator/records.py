@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from cloud_aggregator.privacy import PrivacyRecord
+from device_profiles.pricing import CostBasis
 from messaging.protocol import DeviceRecord, Objective, PairFigures, Stage
+from quantization.identity import BaseIdentity
 
 Status = Literal["aggregated", "late", "lost", "rejected", "skipped"]
 
@@ -260,3 +262,25 @@ class RunRecord(_Part):
     summary: Summary = Field(default_factory=Summary)
 
     model_config = ConfigDict(extra="forbid", validate_by_name=True, serialize_by_alias=True)
+
+
+def model_record(identity: BaseIdentity, priced: CostBasis | None = None) -> ModelRecord:
+    """Return the record of a base, and of the shape that costs are computed on if it is another."""
+    other = None
+    if priced is not None:
+        other = PricedRecord(
+            name=priced.name,
+            parameters=priced.parameters,
+            layers=priced.base.layers,
+            width=priced.base.width,
+            lora_rank=priced.lora_rank,
+        )
+    return ModelRecord(
+        name=identity.name,
+        parameters=identity.parameters,
+        layers=identity.shape.layers,
+        width=identity.shape.width,
+        sha256=identity.sha256,
+        tokenizer_sha256=identity.tokenizer_sha256,
+        priced=other,
+    )

@@ -6,70 +6,40 @@ to publish and work to do go out through two callables. The work itself is ``loc
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import secrets
 from collections import Counter
-from collections.abc import Callable, MutableMapping
-from dataclasses import replace
-from typing import Literal, Protocol
+from collections.abc import Callable
 
-from device_profiles.seeds import stream
+from edge_client.answers import Answers
+from edge_client.arrivals import Arrivals
+from edge_client.downloads import Downloads
+from edge_client.joining import why_not
 from edge_client.ledger import Ledger
-from edge_client.local_client import Result, Setup
+from edge_client.line import Line, Publish
+from edge_client.local_client import Performer, Result
 from edge_client.outbox import Outbox, task_key
+from edge_client.presence import Presence
 from edge_client.stage_work import GlobalStates
-from messaging import chunks, protocol, security, topics
-from messaging.chunks import (
-    chunk_count,
-    fitting_chunk_bytes,
-    make_chunk,
-    parse_chunk,
-    wire_bytes,
-)
+from messaging import chunks
 from messaging.claims import Claims
-from messaging.codecs import decode_blob, max_blob_bytes
 from messaging.errors import OtherVersionError, ProtocolError
-from messaging.layout import Layout, Vector
 from messaging.protocol import (
-    Alive,
-    DeviceRecord,
     Done,
     Grant,
     Have,
-    Hello,
     Manifest,
     Message,
-    Offer,
     Reject,
-    Report,
-    Stage,
     StateRef,
     Task,
-    Want,
     decode,
-    encode,
 )
 from messaging.security import DeviceSeal
-from messaging.transfer import SILENCE_SECONDS, Download, Upload
 
 log = logging.getLogger(__name__)
 
-_DOWN_WINDOW = 8
 # the same device will be refused again
 FATAL_REJECTS = frozenset({"base", "layout", "private", "version"})
-
-Publish = Callable[[str, bytes, bool], None]
-
-
-class Performer(Protocol):
-    """Whoever does a device's work."""
-
-    setup: Setup
-    device: DeviceRecord
-
-    def perform(self, task: Task, states: GlobalStates, download_bytes: int) -> Result:
-        """Train, evaluate or restore."""
 
 
 class Agent:
@@ -90,7 +60,7 @@ class Agent:
             chunks.
         start_fetch: Fetches a global state elsewhere; it comes back through ``fetched``.
         spread: Told over how many seconds devices return after a break.
-        held: Global states by their hash, where agents of one process have them in common.
+        arrivals: What agents of one process wait for and hold in common; by default nothing.
         keeps_results: Whether an update stays in memory until another task comes, for an aggregator
             that loses it after all; otherwise it would be done again, to the same bits.
 
@@ -113,96 +83,63 @@ class Agent:
         largest_packet: Callable[[], int | None] = lambda: None,
         claims: Claims | None = None,
         start_fetch: Callable[[StateRef], None] | None = None,
-        held: MutableMapping[str, Vector] | None = None,
+        arrivals: Arrivals | None = None,
         keeps_results: bool = True,
     ) -> None:
         self.local = local
         self.id = local.device.id
         self.run = local.setup.run
-        self.session = secrets.token_hex(8) if seal is None else seal.session
         self.finished = False
         self.failure: str | None = None
         self.refused: Counter[str] = Counter()
         self._binding = binding
-        self._seen_aggregator = ""
-        self._publish = publish
         self._start_work = start_work
-        self._seal, self._ledger, self._outbox = seal, ledger, outbox
-        self._heartbeat, self._spread = heartbeat_seconds, spread
-        self._largest_packet = largest_packet
-        self._claims = claims
-        self._start_fetch = start_fetch
-        self._fetching: StateRef | None = None
-        self._unfetchable: set[str] = set()  # states that their store did not give
-        self._window = 0.0  # seconds over which devices return after a break
-        self._greetings = 0
-        self._greet_at: float | None = None
-        self._alive_at: float | None = None
+        self._line = line = Line(local, binding=binding, publish=publish, seal=seal, ledger=ledger)
+        self.session = line.session
+        self._presence = Presence(self.id, line, heartbeat_seconds, spread)
+        self._answers = Answers(
+            local,
+            line,
+            binding=binding,
+            largest_packet=largest_packet,
+            claims=claims,
+            outbox=outbox,
+        )
+        self._downloads = Downloads(
+            local.setup,
+            Arrivals() if arrivals is None else arrivals,
+            ask=line.want,
+            start_fetch=None if claims is None else start_fetch,
+            ready=self._begin,
+            fail=self._fail,
+        )
         self._taken_back: tuple[int, ...] = ()
         self._task: Task | None = None
         self._working = False
-        self._held: dict[str, Vector] = {}  # global states by their hash
-        self._in_common = {} if held is None else held
         self._keeps_results = keeps_results
-        self._newest: dict[Stage, str] = {}  # of each stage: a later one asks for it again
-        self._downloaded = 0
-        self._download: Download | None = None
-        self._upload: Upload | None = None
         self._result: Result | None = None  # kept until another task comes: it may be asked again
         self._arrived = False  # what came of the task is with the aggregator, and not kept here
 
     @property
     def filters(self) -> list[str]:
         """What the device subscribes to."""
-        return [topics.down(self.run, self.id), topics.manifest(self.run)]
+        return self._line.filters
 
     def hello(self, *, online: bool = True, will: bool = False) -> bytes:
         """Return the retained message that says that the device is there, or that it left.
 
         A ``will`` is what the broker says for a device that vanishes.
         """
-        message = encode(
-            Hello(
-                run=self.run,
-                client=self.id,
-                session=self.session,
-                epoch=0 if self._ledger is None else self._ledger.epoch,
-                online=online,
-                binding=self._binding,
-                layout=self.local.setup.layouts_sha256,
-                device=self.local.device if online else None,
-            )
-        )
-        return message if self._seal is None else self._seal.seal(message, will=will)
+        return self._line.hello(online=online, will=will)
 
     def connected(self, now: float) -> None:
         """Say that the device is there; called on every connection.
 
         A sealed HELLO is for an aggregator that is known: the first one waits for its manifest.
         """
-        chunk_bytes = 0 if self._upload is None else self._upload.offer.chunk_bytes
-        if self._fitting(chunk_bytes) < chunk_bytes:
-            self._upload = None  # this broker takes less than the last: it is offered anew
-        if not self.finished and (self._seal is None or self._seen_aggregator):
-            self._greet(now)
-
-    def _fitting(self, chunk_bytes: int) -> int:
-        return fitting_chunk_bytes(chunk_bytes, self._largest_packet())
-
-    def _greet(self, now: float) -> None:
-        """Say HELLO, at once the first time; later somewhere in the window that all share."""
-        self._greetings += 1
-        wait = 0.0
-        if self._greetings > 1:
-            place = stream(0, "reconnect", self.id, self.session, self._greetings)
-            wait = self._window * float(place.random())
-        self._greet_at = now + wait
-        self._greet_if_due(now)
-
-    def _greet_if_due(self, now: float) -> None:
-        if self._greet_at is not None and now >= self._greet_at:
-            self._greet_at, self._alive_at = None, now
-            self._publish(topics.state(self.run, self.id), self.hello(), True)
+        self._answers.connected()
+        if not self.finished and (not self._line.is_sealed or self._presence.knows_aggregator):
+            self._presence.greet(now)
 
     def received(self, payload: bytes, now: float, *, topic: str = "") -> None:
         """Take one message or chunk; whatever is malformed or not sealed is logged and left.
@@ -216,88 +153,54 @@ class Agent:
             return  # a retained message was cleared
         try:
             if payload.startswith(chunks.MAGIC):
-                self._data(payload, now)
+                self._downloads.chunk(payload, now)
             else:
-                self._take(decode(self._opened(payload, topic)), now)
+                self._take(decode(self._line.opened(payload, topic)), now)
         except ProtocolError as err:
             self.refused[err.code] += 1
             log.warning("%s: refused a message (%s): %s", self.id, err.code, err.reason)
             if isinstance(err, OtherVersionError):
                 self._fail(err.reason)  # no other message of that aggregator will be understood
 
-    def _opened(self, packet: bytes, topic: str) -> bytes:
-        seal = self._seal
-        if seal is None:
-            if packet.startswith(security.MAGIC):
-                raise ProtocolError("mac", "the run seals its messages; give this device its key")
-            return packet
-        if topic != topics.manifest(self.run):
-            return seal.open(packet)
-        message = seal.open_manifest(packet)
-        if self._ledger is not None:
-            self._ledger.heard(seal.highest)
-        return message
-
     def _take(self, message: Message, now: float) -> None:
         if message.run != self.run or getattr(message, "client", self.id) != self.id:
             raise ProtocolError("run", "message of another run or for another client")
-        upload = self._upload
         if isinstance(message, Task):
             self._tasked(message, now)
         elif isinstance(message, Manifest):
             self._check_manifest(message, now)
         elif isinstance(message, Reject):
             self._rejected(message)
-        elif upload is None or getattr(message, "blob", None) != upload.offer.blob:
+        elif not self._answers.concerns(getattr(message, "blob", None)):
             return  # a late word about an upload that is over
-        elif isinstance(message, Grant):
-            self._send_chunks(upload, upload.granted(message, now))
-        elif isinstance(message, Have):
-            self._send_chunks(upload, upload.acknowledged(message, now))
+        elif isinstance(message, Grant | Have):
+            self._answers.heard(message, now)
         elif isinstance(message, Done):
-            self._upload = None
-            self._settle()
+            self._answers.drop()
+            self._answers.settle()
             if not self._keeps_results:
                 self._result, self._arrived = None, True
             if message.status == "late":
                 log.info("%s: update came late and is left out", self.id)
 
     def _check_manifest(self, manifest: Manifest, now: float) -> None:
-        if manifest.oldest > protocol.SCHEMA:
-            self._fail(
-                f"the run's aggregator understands protocol {manifest.oldest} and newer, and this "
-                f"device speaks {protocol.SCHEMA}; update pwff on this device"
-            )
-        elif manifest.binding != self._binding:
-            self._fail(
-                "the run is built on another base, tokenizer or LoRA placement than this device; "
-                "give this device the run's model and placement"
-            )
-        elif manifest.method != self.local.setup.method:
-            self._fail(
-                f"the run's method is '{manifest.method}' and this device's is "
-                f"'{self.local.setup.method}'; give this device the run's"
-            )
-        elif manifest.layout != self.local.setup.layouts_sha256:
-            self._fail(
-                "the run shares other tensors than this device; compare the method's settings and "
-                "the stages"
-            )
+        reason = why_not(manifest, self.local.setup, self._binding)
+        if reason is not None:
+            self._fail(reason)
         elif manifest.finished:  # with a task at hand, this device was away when it was told
             log.info("%s: the run '%s' is over; a new run takes a new name", self.id, self.run)
             self._leave()
         else:
             self._taken_back = manifest.taken_back
-            self._window = manifest.reconnect_seconds
-            if self._spread is not None:
-                self._spread(self._window)
-            if manifest.session != self._seen_aggregator:
-                self._seen_aggregator = manifest.session
-                self._greet(now)
+            self._presence.met(manifest, now)
 
     def _fail(self, reason: str) -> None:
         self.failure = reason
+        self._finish()
+
+    def _finish(self) -> None:
         self.finished = True
+        self._downloads.stop()
 
     def gave_up(self, reason: str) -> None:
         """Leave the run: what the device was asked for cannot be done, for this reason."""
@@ -305,19 +208,15 @@ class Agent:
         self._fail(reason)
 
     def _leave(self) -> None:
-        self.finished = True
-        self._settle()
-
-    def _settle(self) -> None:
-        """Forget the update on disk: nobody is owed it."""
-        if self._outbox is not None:
-            self._outbox.clear()
+        self._finish()
+        self._answers.settle()
 
     def _rejected(self, reject: Reject) -> None:
         log.error("%s: refused by the aggregator (%s): %s", self.id, reject.code, reject.reason)
-        if self._upload is not None and reject.blob == self._upload.offer.blob:
-            self._upload = self._result = None
-            self._settle()
+        if self._answers.concerns(reject.blob):
+            self._result = None
+            self._answers.drop()
+            self._answers.settle()
         if reject.code in FATAL_REJECTS:
             self._fail(reject.reason)
 
@@ -337,166 +236,44 @@ class Agent:
             else:
                 self._answer(now)  # what came of it was perhaps lost on the way
             return
-        for ref, layout in self._needed(task):
-            if ref.bytes > max_blob_bytes(layout, "fp32"):
-                raise ProtocolError("size", f"a global state of {ref.bytes} bytes is too large")
+        self._downloads.check(task)
         self._task = task
-        self._result = self._upload = None
-        self._arrived = False
+        self._result, self._arrived = None, False
+        self._answers.drop()
         if self._working:
             return
-        if self._outbox is not None:
-            self._result = self._outbox.of(task)
+        self._result = self._answers.kept(task)
         if self._result is not None:  # it was trained before the device was started again
+            self._downloads.stop()
             self._answer_from_disk(self._result, now)
         else:
-            self._settle()
+            self._answers.settle()
             self._begin(now)
 
     def _begin(self, now: float) -> None:
+        """Start the task at hand once its states are here, unless another is under way."""
         task = self._task
-        if task is None:
+        if task is None or self._working or not self._downloads.complete(task, now):
             return
-        absent = next((ref for ref, _ in self._needed(task) if ref.blob not in self._held), None)
-        if absent is not None and self._lies_in_store(absent):
-            if self._fetching != absent and self._start_fetch is not None:
-                self._fetching, self._download = absent, None
-                self._start_fetch(absent)
-            return
-        if absent is not None:
-            if self._download is None or self._download.ref != absent:
-                self._download = Download(absent, now - SILENCE_SECONDS)
-            self._ask(now)
-            return
-        self._download = None
-        states = self._states(task)
-        downloaded, self._downloaded = self._downloaded, 0
+        states, downloaded = self._downloads.take(task, self._taken_back)
         self._working = True
         self._start_work(lambda: self._perform(task, states, downloaded))
 
     def _perform(self, task: Task, states: GlobalStates, downloaded: int) -> Result:
         """Do the work, and keep what is owed of it; on the thread of the work."""
-        result = self.local.perform(task, states, downloaded)
-        if self._outbox is not None:
-            self._outbox.put(task, result)
-        return self._put_if_large(result)
-
-    def _put_if_large(self, result: Result) -> Result:
-        """Put a large update where the aggregator can fetch it; on the thread of the work."""
-        blob = result.blob
-        if self._claims is None or blob is None:
-            return result
-        url = self._claims.put_if_large(blob, hashlib.sha256(blob).hexdigest())
-        return replace(result, url=url)
+        return self._answers.keep(task, self.local.perform(task, states, downloaded))
 
     def _answer_from_disk(self, result: Result, now: float) -> None:
         """Answer with an update that was kept; a large one is first seen to lie in the store."""
-        claims, blob = self._claims, result.blob
-        if claims is None or blob is None or len(blob) <= claims.above_bytes:
+        if not self._answers.is_large(result):
             self._answer(now)
             return
         self._result, self._working = None, True
-        self._start_work(lambda: self._put_if_large(result))
-
-    def _lies_in_store(self, ref: StateRef) -> bool:
-        can = self._claims is not None and self._start_fetch is not None
-        return can and ref.url is not None and ref.blob not in self._unfetchable
+        self._start_work(lambda: self._answers.put_if_large(result))
 
     def fetched(self, ref: StateRef, blob: bytes | None, now: float) -> None:
-        """Take a global state from the store; without it, ask for its chunks."""
-        if self._fetching == ref:
-            self._fetching = None
-        if self.finished:
-            return
-        if blob is not None:
-            self._install(ref, blob, now, travelled=len(blob))
-            return
-        self._unfetchable.add(ref.blob)
-        if not self._working:
-            self._begin(now)
-
-    def _needed(self, task: Task) -> list[tuple[StateRef, Layout]]:
-        """Return the global states that a task names, and what is in each."""
-        layouts = self.local.setup.layouts
-        named: list[tuple[StateRef | None, Stage]] = [
-            (task.state, task.stage),
-            (task.reward, "reward"),
-            (task.reference, "alignment"),
-        ]
-        return [(ref, layouts[stage]) for ref, stage in named if ref and stage in layouts]
-
-    def _states(self, task: Task) -> GlobalStates:
-        """Return a task's states; forget those that no task will name again."""
-        if task.state is not None:
-            self._newest[task.stage] = task.state.blob
-        kept = {ref.blob for ref, _ in self._needed(task)} | set(self._newest.values())
-        self._held = {blob: vector for blob, vector in self._held.items() if blob in kept}
-
-        def of(ref: StateRef | None) -> Vector | None:
-            return self._held[ref.blob] if ref is not None and ref.blob in self._held else None
-
-        return GlobalStates(
-            shared=of(task.state),
-            reward=of(task.reward),
-            reference=of(task.reference),
-            taken_back=self._taken_back,
-        )
-
-    def _ask(self, now: float) -> None:
-        download = self._download
-        if download is None or not (wanted := download.wanted(_DOWN_WINDOW, now)):
-            return
-        bits = sum(1 << i for i in wanted).to_bytes((download.ref.chunks + 7) // 8, "little")
-        self._send(
-            Want(
-                run=self.run,
-                client=self.id,
-                session=self.session,
-                blob=download.ref.blob,
-                missing=bits.hex(),
-            )
-        )
-
-    def _data(self, packet: bytes, now: float) -> None:
-        chunk = parse_chunk(self.run, packet)
-        download = self._download
-        if download is None or chunk.blob != download.ref.blob:
-            return  # a chunk that came twice
-        download.arrived(chunk, now)
-        if download.missing:
-            self._ask(now)
-            return
-        ref = download.ref
-        travelled = wire_bytes(ref.bytes, ref.chunk_bytes)
-        self._install(ref, download.finish(), now, travelled=travelled)
-
-    def _install(self, ref: StateRef, blob: bytes, now: float, *, travelled: int) -> None:
-        layout = self._layout_of(ref)
-        if layout is None:
-            return  # another task came in the meantime
-        try:
-            header, vector = decode_blob(blob, layout)
-        except ProtocolError as err:  # its hash is right: to ask again would be of no use
-            self._fail(f"the global state of round {ref.round} cannot be used: {err.reason}")
-            return
-        if header.run != self.run or header.round != ref.round:
-            self._fail(
-                f"the global state of round {ref.round} says that it is of round {header.round} "
-                f"of the run '{header.run}'"
-            )
-            return
-        self._held[ref.blob] = self._in_common.setdefault(ref.blob, vector)
-        # What earlier stages left was counted in theirs: only a device that was started again
-        # fetches it anew, and what a round costs does not depend on that.
-        if self._task is not None and ref == self._task.state:
-            self._downloaded += travelled
-        self._download = None
-        if not self._working:
-            self._begin(now)
-
-    def _layout_of(self, wanted: StateRef) -> Layout | None:
-        needed = self._needed(self._task) if self._task is not None else []
-        return next((layout for ref, layout in needed if ref == wanted), None)
+        """Take a global state from the store, for all that wait for it; without it, its chunks."""
+        self._downloads.fetched(ref, blob, now)
 
     def worked(self, task: Task, result: Result, now: float) -> None:
         """Take the result of a finished task: upload its update, or report its figures."""
@@ -511,97 +288,21 @@ class Agent:
 
     def _answer(self, now: float) -> None:
         """Say what came of the task at hand, if it is done; called again, say it again."""
-        task, result = self._task, self._result
-        if task is None or result is None or task.work == "stop":
-            return
-        if self._upload is not None:
-            self._upload.offered_again()
-            self._send(self._upload.offer)
-        elif result.blob is not None:
-            self._offer(task, result, result.blob, now)
-        else:
-            self._send(self._report(task, task.work, result))
-
-    def _report(
-        self, task: Task, phase: Literal["train", "evaluate", "restore"], result: Result
-    ) -> Report:
-        return Report(
-            run=self.run,
-            client=self.id,
-            session=self.session,
-            stage=task.stage,
-            round=task.round,
-            phase=phase,
-            examples=result.examples,
-            train_loss=result.train_loss,
-            eval_loss=result.eval_loss,
-            eval_accuracy=result.eval_accuracy,
-            pairs=result.pairs,
-            responses=result.responses,
-            others_loss=result.others_loss,
-            others_accuracy=result.others_accuracy,
-            kept_steps=result.kept_steps,
-            costs=result.costs,
-            spent=result.spent,
-        )
+        if self._task is not None and self._result is not None:
+            self._answers.say(self._task, self._result, now)
 
     @property
     def task(self) -> Task | None:
         """The task at hand."""
         return self._task
 
-    def _offer(self, task: Task, result: Result, blob: bytes, now: float) -> None:
-        setup = self.local.setup
-        chunk_bytes = self._fitting(setup.chunk_bytes)
-        offer = Offer(
-            run=self.run,
-            client=self.id,
-            session=self.session,
-            round=task.round,
-            blob=hashlib.sha256(blob).hexdigest(),
-            bytes=len(blob),
-            chunk_bytes=chunk_bytes,
-            chunks=chunk_count(len(blob), chunk_bytes),
-            binding=self._binding,
-            layout=setup.own_layout(task.stage, self.local.device.lora_count).sha256,
-            codec=task.codec,
-            costs=result.costs,
-            url=result.url,
-            spent=result.spent,
-        )
-        self._upload = Upload(blob, offer, now)
-        self._send(offer)
-
     def tick(self, now: float) -> None:
         """Say again what was perhaps not heard; called about once a second."""
         if self.finished:
             return
-        self._greet_if_due(now)
-        self._say_alive(now)
-        if self._upload is not None and self._upload.must_offer_again(now):
-            self._send(self._upload.offer)
-        if self._download is not None:
-            self._ask(now)
-
-    def _say_alive(self, now: float) -> None:
-        if self._heartbeat is None or self._alive_at is None:
-            return
-        if now - self._alive_at >= self._heartbeat:
-            self._alive_at = now
-            self._send(Alive(run=self.run, client=self.id, session=self.session))
-
-    def _send(self, message: Message) -> None:
-        payload = encode(message)
-        if self._seal is not None:
-            payload = self._seal.seal(payload)
-        self._publish(topics.control(self.run, self.id), payload, False)
-
-    def _send_chunks(self, upload: Upload, indices: list[int]) -> None:
-        offer = upload.offer
-        topic = topics.data(self.run, self.id, offer.blob)
-        for index in indices:
-            packet = make_chunk(self.run, offer.blob, upload.blob, index, offer.chunk_bytes)
-            self._publish(topic, packet, False)
+        self._presence.tick(now)
+        self._answers.tick(now)
+        self._downloads.tick(now)
 
 
 def _same(one: Task, other: Task) -> bool:

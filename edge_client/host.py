@@ -2,7 +2,7 @@
 
 One inbox, one thread for the protocol (the caller's), and one for the work (more where the work is
 done elsewhere), so that grants are answered while another client trains. Every client has a
-transport of its own; a global state that many hold is in memory once.
+transport of its own; a global state comes once for all of them and is in memory once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import logging
 import queue
 import threading
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,15 +22,15 @@ from pathlib import Path
 
 from device_profiles import logs
 from device_profiles.errors import InputError
-from edge_client.agent import Agent, Performer
+from edge_client.agent import Agent
+from edge_client.arrivals import Arrivals
 from edge_client.ledger import Ledger
-from edge_client.local_client import Result
+from edge_client.local_client import Performer, Result
 from edge_client.outbox import Outbox
 from edge_client.progress import StoppedError
 from messaging import topics
 from messaging.claims import Claims
 from messaging.errors import ProtocolError
-from messaging.layout import Vector
 from messaging.protocol import StateRef, Task
 from messaging.security import DeviceSeal
 from messaging.transport import Network, Transport, Will, largest_packet
@@ -125,7 +124,7 @@ class Host:
         self._keeps_results = keeps_results
         self._work = ThreadPoolExecutor(work_threads, thread_name_prefix="pwff-work")
         self._fetch = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pwff-fetch")
-        self._held: weakref.WeakValueDictionary[str, Vector] = weakref.WeakValueDictionary()
+        self._arrivals = Arrivals()
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._seats = [self._seat(network, performer, binding) for performer in performers]
@@ -156,7 +155,7 @@ class Host:
             largest_packet=lambda: largest_packet(seats[0].transport),
             claims=self._claims,
             start_fetch=lambda ref: self._start_fetch(agent, ref),
-            held=self._held,
+            arrivals=self._arrivals,
             keeps_results=self._keeps_results,
         )
         transport = network.open(

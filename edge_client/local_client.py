@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from pydantic import ValidationError
 
@@ -89,6 +90,16 @@ class Setup:
     def layouts_sha256(self) -> str:
         """Hash of what the run shares in its stages."""
         return joint_sha256(self.layouts.values())
+
+
+class Performer(Protocol):
+    """Whoever does a device's work."""
+
+    setup: Setup
+    device: DeviceRecord
+
+    def perform(self, task: Task, states: GlobalStates, download_bytes: int) -> Result:
+        """Train, evaluate or restore."""
 
 
 class LocalClient:

@@ -116,10 +116,17 @@ class Download:
         if self.missing.arrived(chunk.index):
             self._buffer[start : start + length] = chunk.payload
 
+    def stalled(self, now: float) -> bool:
+        """Return whether a request has gone without an answer for too long."""
+        return bool(self._asked) and now - self._heard >= SILENCE_SECONDS
+
+    def ask_anew(self) -> None:
+        """Forget the request that is being answered: the answer goes where nobody listens."""
+        self._asked = set()
+
     def wanted(self, window: int, now: float) -> list[int]:
         """Return what to ask for: nothing while an earlier request is being answered."""
-        silent = now - self._heard >= SILENCE_SECONDS
-        if self._asked and not silent:
+        if self._asked and not self.stalled(now):
             return []
         self._heard = now
         self._asked = set(self.missing.first(window))

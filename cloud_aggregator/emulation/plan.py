@@ -17,9 +17,8 @@ from cloud_aggregator.emulation.fleet import (
     stage_plans,
 )
 from cloud_aggregator.experiment import Experiment, stored
-from cloud_aggregator.records import DataRecord, RunRecord
+from cloud_aggregator.records import DataRecord, RunRecord, model_record
 from cloud_aggregator.run_folder import RunFolder, read_record
-from cloud_aggregator.service import model_record
 from cloud_aggregator.settings import RunSettings
 from device_profiles.errors import InputError
 from device_profiles.families import GPT2

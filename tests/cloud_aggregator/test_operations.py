@@ -14,10 +14,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cloud_aggregator.door import DoorLimits
+from cloud_aggregator.guards import LimitsSection
 from cloud_aggregator.inbox import Inbox
 from cloud_aggregator.metrics import CountedNetwork, Metrics
 from cloud_aggregator.server import Aggregator
-from cloud_aggregator.service import LimitsSection, Service, load_service, serve
+from cloud_aggregator.service import serve
+from cloud_aggregator.service_config import Service, load_service
 from device_profiles.errors import InputError
 from messaging.broker import HOST, free_port
 from messaging.errors import SecretError

@@ -9,7 +9,7 @@ import pytest
 from cloud_aggregator.emulation.fleet import stage_plans
 from cloud_aggregator.experiment import Experiment, load_experiment
 from cloud_aggregator.restraint import RestraintSettings
-from cloud_aggregator.service import load_service
+from cloud_aggregator.service_config import load_service
 from device_profiles.errors import InputError
 from messaging.layout import Layout, TensorSpec
 from messaging.protocol import Task

@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from cloud_aggregator.metrics import Metrics
-from cloud_aggregator.service import Service, serve
+from cloud_aggregator.service import serve
+from cloud_aggregator.service_config import Service
 from device_profiles import logs
 from messaging.errors import AddressError
 from messaging.mqtt import MqttNetwork, parse_address

@@ -13,10 +13,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from cloud_aggregator.database import StoreError
-from cloud_aggregator.records import DataRecord, ModelRecord, PricedRecord
+from cloud_aggregator.records import DataRecord, ModelRecord, PricedRecord, model_record
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder
-from cloud_aggregator.service import Service, _claims, load_service, model_record, serve
+from cloud_aggregator.service import serve
+from cloud_aggregator.service_config import Service, load_service
+from cloud_aggregator.service_plan import claims_of
 from cloud_aggregator.store import Store
 from device_profiles.errors import InputError
 from device_profiles.modules import BaseShape
@@ -63,17 +65,17 @@ def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
 def test_a_store_for_large_updates_and_a_chunk_profile_are_read(tmp_path: Path) -> None:
     text = f'{CONFIG}chunk_bytes = "small"\nclaim_store = "file://{tmp_path}"\n'
     service = load_service(write(tmp_path, text))
-    claims = _claims(service)
+    claims = claims_of(service)
     assert service.chunk_bytes == 61_440
     assert claims is not None
     assert (claims.store.base, claims.above_bytes) == (f"file://{tmp_path}", 8_388_608)
-    assert _claims(load_service(write(tmp_path))) is None
+    assert claims_of(load_service(write(tmp_path))) is None
 
 
 def test_a_store_of_no_known_kind_ends_the_service_before_it_begins(tmp_path: Path) -> None:
     service = load_service(write(tmp_path, f'{CONFIG}claim_store = "ftp://host/x"\n'))
     with pytest.raises(AddressError, match="claim_store 'ftp://host/x' is of no known kind"):
-        _claims(service)
+        claims_of(service)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +278,8 @@ def test_the_aggregator_runs_without_torch(checkpoint: Path) -> None:
 
         sys.meta_path.insert(0, Blocked())
         import cloud_aggregator.cli
-        from cloud_aggregator.service import Service, _claims, serve
+        from cloud_aggregator.service import serve
+        from cloud_aggregator.service_config import Service
 
         service = Service(
             run="trial", broker="mqtt://127.0.0.1:9", out={str(checkpoint.parent / "run")!r},

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from cloud_aggregator.service import SecuritySection, load_service
+from cloud_aggregator.guards import SecuritySection
+from cloud_aggregator.service_config import load_service
 from edge_client.service import SecuritySection as DeviceSecurity
 from edge_client.service import load_client
 from pwff import command

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from edge_client.agent import Agent
+from edge_client.arrivals import Arrivals
 from edge_client.local_client import Result
 from edge_client.stage_work import GlobalStates
 from messaging import protocol, topics
@@ -425,8 +427,8 @@ def test_an_update_that_is_not_kept_is_made_again_for_an_aggregator_that_lost_it
 
 
 def test_a_global_state_that_two_devices_hold_is_in_memory_once() -> None:
-    held: dict[str, Any] = {}
-    devices = [Device(held=held) for _ in range(2)]
+    arrivals = Arrivals()
+    devices = [Device(arrivals=arrivals) for _ in range(2)]
     blob = a_state()
     for device in devices:
         device.hear(a_task(CLIENT, state=ref_to(blob)))
@@ -550,8 +552,9 @@ class _Learner(_Local):
         self.handed: list[GlobalStates] = []
 
     def perform(self, task: Task, states: GlobalStates, download_bytes: int) -> Result:
-        self.handed.append(states)
-        return super().perform(task, states, download_bytes)
+        copy = deepcopy(states)  # what the device gives up is gone, whatever the test keeps
+        self.handed.append(copy)
+        return super().perform(task, copy, download_bytes)
 
 
 class _Pupil(Device):

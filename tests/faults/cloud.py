@@ -10,7 +10,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from cloud_aggregator.server import Aggregator
-from cloud_aggregator.service import Service, serve
+from cloud_aggregator.service import serve
+from cloud_aggregator.service_config import Service
 from cloud_aggregator.store import Store
 from tests.faults.base import ADAPTER_SIZE, CHUNK_BYTES, LORA_RANK, PLACEMENT, RUN
 from tests.faults.processes import Line, on_terminate, set_calendar

@@ -16,6 +16,7 @@ from cloud_aggregator.course import Course
 from cloud_aggregator.door import Bucket
 from cloud_aggregator.fetches import Fetched, Fetches
 from cloud_aggregator.intake import Intake
+from cloud_aggregator.privacy import withheld
 from cloud_aggregator.reconnects import Reconnects
 from cloud_aggregator.registry import Registry
 from cloud_aggregator.tasks import make_manifest, stop_task
@@ -91,6 +92,7 @@ class Desk:
         self.time = TimeSpent(clock)
         self._course = course
         self._run = course.settings.run
+        self._private = course.settings.counting.privacy is not None
         self._registry = registry
         self._transport = transport
         self._session = session
@@ -329,13 +331,15 @@ class Desk:
         if self.intake is None:
             raise ProtocolError("round", f"no update of '{offer.client}' is asked for now")
         self.intake.offered(offer, self._clock())
-        self.time.told(offer.client, "offer", offer.spent)
+        self.time.told(offer.client, "offer", {} if self._private else offer.spent)
 
     def _reported(self, report: Report) -> None:
         task = self.tasks.get(report.client)
         said = report.phase, report.stage, report.round
         if task is None or (task.work, task.stage, task.round) != said:
             return  # said twice, or of a phase that is over
+        if self._private:
+            report = withheld(report)
         self.time.told(report.client, report.phase, report.spent)
         if report.phase == "train" and self.intake is not None:
             self.intake.reported(report, self._clock())

@@ -38,7 +38,8 @@ _LARGEST_CHANGE = 1e6
 class IntakeRules:
     """What an update of this run must be, and how many come at once.
 
-    ``max_norm`` is the Euclidean norm of an update above which it is refused; none takes any.
+    ``max_norm`` is the Euclidean norm of an update above which it is refused; none takes any. In a
+    ``private`` run no loss is taken, whatever an update says.
     """
 
     run: str
@@ -48,6 +49,7 @@ class IntakeRules:
     limits: UploadLimits
     virtual_time: bool
     round_rules: RoundRules
+    private: bool = False
     max_norm: float | None = None
 
 
@@ -417,7 +419,10 @@ class Intake:
         if self._rules.max_norm is not None:
             check_update(vector, self._rules.max_norm)
         return Contribution(
-            costs=offer.costs, train_loss=header.train_loss, offer=offer, parameters=vector.size
+            costs=offer.costs,
+            train_loss=None if self._rules.private else header.train_loss,
+            offer=offer,
+            parameters=vector.size,
         )
 
     def _check_header(self, header: BlobHeader, offer: Offer) -> None:

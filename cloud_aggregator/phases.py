@@ -177,6 +177,7 @@ class Phases:
                 limits=settings.limits,
                 virtual_time=settings.virtual_time,
                 round_rules=settings.rules,
+                private=settings.counting.privacy is not None,
                 max_norm=settings.counting.max_norm,
             ),
             self._journal.spool(number),

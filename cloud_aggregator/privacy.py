@@ -36,6 +36,7 @@ from cloud_aggregator.aggregation.robust import clip
 from device_profiles.errors import InputError
 from device_profiles.seeds import stream
 from messaging.layout import Vector
+from messaging.protocol import Report
 
 _FINEST_INTERVAL = 1e-4  # of the accountant's grid of privacy losses, nats
 _MOST_INTERVALS = 1e6  # of that grid: it takes a few hundred megabytes beyond
@@ -153,6 +154,24 @@ def noise_generator(key: int) -> np.random.Generator:
 def emulated_noise(seed: int, number: int) -> np.random.Generator:
     """Return the generator of a round's noise in emulation: repeatable, so it protects nobody."""
     return stream(seed, "privacy", number)
+
+
+def withheld(report: Report) -> Report:
+    """Return a report without what devices of a private run keep to themselves.
+
+    They do so by their own configuration; one that tells all the same is not listened to. Each
+    field is chosen to stay.
+    """
+    return Report(
+        run=report.run,
+        client=report.client,
+        session=report.session,
+        stage=report.stage,
+        round=report.round,
+        phase=report.phase,
+        examples=1,
+        costs=report.costs,
+    )
 
 
 def epsilon(settings: PrivacySettings, rounds: int, sampling_rate: float = 1.0) -> float:

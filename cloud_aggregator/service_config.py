@@ -22,6 +22,7 @@ from device_profiles.stages import parse_stages
 from messaging.chunks import CHUNK_BYTES, ChunkBytes
 from messaging.claims import CLAIM_ABOVE_BYTES
 from messaging.protocol import AlignmentSettings, Codec, Identifier
+from messaging.transfer import LimitsError, check_limits
 
 #: Of the environment: the address of the run's store, in place of the configuration's.
 STORE_VARIABLE = "PWFF_STORE"
@@ -83,6 +84,8 @@ class Service(CountingKeys):
             ``small`` (61,440); smaller by itself where the broker takes less.
         grants: Uploads that may send at once.
         window: Chunks of one upload in flight; grants * window stays below the broker's queue.
+        broker_queue: Messages that the broker keeps for one receiver (mosquitto's
+            ``max_queued_messages``, 1000 by default); what would pass it is refused.
         claim_store: Where updates and states above ``claim_above_bytes`` lie beside the broker, the
             same for all devices: ``file:///FOLDER``, ``s3://BUCKET/PREFIX``, ``https://HOST/PATH``.
             Without it, everything travels in chunks.
@@ -120,6 +123,7 @@ class Service(CountingKeys):
     patience: Annotated[int, Field(ge=0)] = 5
     grants: Annotated[int, Field(ge=1, le=1024)] = 16
     window: Annotated[int, Field(ge=1, le=1024)] = 16
+    broker_queue: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
     claim_store: str | None = None
     claim_above_bytes: Annotated[int, Field(ge=0, le=2**33)] = CLAIM_ABOVE_BYTES
     monitor: str | None = None
@@ -165,6 +169,10 @@ def load_service(path: Path) -> Service:
     if "alignment" in stages:
         check_room(service.alignment.settings, service.max_length, str(path))
     choose("LoRA placement", service.placement, PLACEMENTS)
+    try:
+        check_limits(service.grants, service.window, service.broker_queue)
+    except LimitsError as err:
+        raise InputError(f"{path}: {err}") from err
     if service.monitor is not None:
         parse_address(service.monitor)
     check_restraint(service.restraint, service.method, stages, str(path))

@@ -225,6 +225,7 @@ class Agent:
             log.info("%s: the run is over: %s", self.id, task.reason)
             self._leave()
             return
+        self._downloads.check(task)
         if self._task is not None and _same(self._task, task):
             if self._task != task:  # its states come in other pieces now
                 self._task = task
@@ -236,7 +237,6 @@ class Agent:
             else:
                 self._answer(now)  # what came of it was perhaps lost on the way
             return
-        self._downloads.check(task)
         self._task = task
         self._result, self._arrived = None, False
         self._answers.drop()

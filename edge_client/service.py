@@ -140,6 +140,11 @@ def load_client(path: Path) -> Client:
     parse_stages(client.stages, find_method(client.method))
     if client.lora_count is not None:
         check_lora_count(client.lora_count, f"{path}: lora_count")
+    if client.private and client.others_data is not None:
+        raise InputError(
+            f"{path}: others_data = '{client.others_data}' with private = true: what is measured "
+            "on it would stay on this device; leave one of them out"
+        )
     return client
 
 

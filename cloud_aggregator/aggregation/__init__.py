@@ -72,8 +72,11 @@ def check_rule(rule: str, settings: RobustSettings, *, average: str, private: bo
         InputError: If the rule is unknown, lacks its setting, or does not go with the others.
     """
     row = RULES[choose("aggregation rule", rule, RULES)]
-    if row.needs:
-        told(getattr(settings, row.needs), row.needs)
+    if row.needs and getattr(settings, row.needs) is None:
+        raise InputError(
+            f"aggregation '{rule}' needs {row.needs}, and it is not given; give it a value "
+            f"(--{row.needs.replace('_', '-')}), or choose another rule"
+        )
     if average != "tensors" and row.change is not None:
         raise InputError(
             f"rule '{rule}' compares updates entry by entry, and the method averages the products "

@@ -46,7 +46,9 @@ def test_each_rule_goes_with_its_setting_and_with_nothing_else(name: str) -> Non
     assert refusal(aggregation=name, **mine) == ""
     if mine:
         (setting,) = mine
-        assert f"the chosen aggregation rule needs {setting}" in refusal(aggregation=name)
+        assert f"aggregation '{name}' needs {setting}, and it is not given" in refusal(
+            aggregation=name
+        )
     for other, settings in NEEDED.items():
         if other != name:
             (setting,) = settings

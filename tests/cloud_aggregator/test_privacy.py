@@ -19,9 +19,11 @@ from cloud_aggregator.privacy import (
     noise_generator,
     privacy_record,
     private_mean,
+    withheld,
 )
 from device_profiles.errors import InputError
 from messaging.layout import Vector
+from messaging.protocol import Costs, Report
 
 pytest.importorskip("dp_accounting", reason="the accountant is in the extra 'privacy'")
 
@@ -232,3 +234,26 @@ def test_a_run_goes_on_under_the_settings_it_began_with() -> None:
     sampled = privacy_record(settings(), 2, repeatable_noise=True, sampling_rate=0.5)
     with pytest.raises(InputError, match=r"privacy\.sampling_rate = 1"):
         privacy_record(settings(), 3, repeatable_noise=True, earlier=sampled)
+
+
+def test_what_a_device_of_a_private_run_tells_all_the_same_is_not_listened_to() -> None:
+    told = Report(
+        run="r",
+        client="pi5-01",
+        session="0" * 16,
+        stage="instruction",
+        round=3,
+        phase="evaluate",
+        examples=51,
+        train_loss=1.5,
+        eval_loss=2.5,
+        eval_accuracy=0.25,
+        others_loss=2.75,
+        others_accuracy=0.125,
+        kept_steps=2,
+        costs=Costs(download_bytes=9),
+        spent={"training": 1.0},
+    )
+    kept = ("run", "client", "session", "stage", "round", "phase", "costs")
+    heard = withheld(told)
+    assert heard == Report(examples=1, **{name: getattr(told, name) for name in kept})

@@ -99,6 +99,8 @@ def test_a_store_of_no_known_kind_ends_the_service_before_it_begins(tmp_path: Pa
         ("3600", '3600\nplacement = "all"', "unknown LoRA placement 'all'"),
         ("3600", "3600\nlearning_rate = 0", "learning_rate = 0"),
         ("3600", "3600\nchunk_bytes = 1000", "chunk_bytes = 1000"),
+        ("3600", "3600\ngrants = 64", "grants = 64 uploads of window = 16"),
+        ("3600", "3600\nbroker_queue = 100", "the broker queues 100 messages"),
         ("3600", '3600\nchunk_bytes = "tiny"', "unknown chunk profile 'tiny'; choose one of"),
         ("3600", "3600\nclaim_above_bytes = -1", "claim_above_bytes = -1"),
         (

@@ -689,6 +689,19 @@ def test_reward_models_that_are_too_large_for_their_own_layout_are_refused(
     assert "a global state of 96000 bytes is too large" in caplog.text
 
 
+def test_a_task_that_is_said_again_with_a_state_that_is_too_large_changes_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    device, task = _Pupil(), in_alignment(7, a_state(6), 6)
+    device.hear(task)
+    before = device.agent.task
+    assert before is not None
+    huge = StateRef(round=5, blob="cd" * 32, bytes=2**33, chunk_bytes=2**24, chunks=513)
+    device.hear(task.model_copy(update={"reward": huge}))
+    assert device.agent.task == before
+    assert f"a global state of {2**33} bytes is too large" in caplog.text
+
+
 # -- what is lost on the way -----------------------------------------------------------------------
 
 

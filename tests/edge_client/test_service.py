@@ -120,6 +120,7 @@ def test_what_is_not_given_has_its_default(write: Callable[..., Path]) -> None:
         ({"stages": "reward,instruction"}, "are not in their order"),
         ({"stages": "instruction,alignment"}, "put reward before it"),
         ({"method": "shepherd", "stages": "instruction,reward"}, "instruction-tuned alone"),
+        ({"private": True, "others_data": "kit"}, "others_data = 'kit' with private = true"),
         ({"trunk_precision": "int5"}, r"client\.toml: trunk_precision = 'int5'"),
     ],
 )

@@ -103,11 +103,10 @@ class Arrivals:
                 seeker.fetch(state.ref)
             else:
                 coming.download = Download(state.ref, now)
-        if seeker is coming.first:
-            self._ask(coming, now)
+        self._ask(coming, now)
 
     def leave(self, state: Sought, seeker: Seeker) -> None:
-        """Wait no longer; if others do, the next of them asks when it next seeks."""
+        """Wait no longer; if others do, the next one asks once any of them seeks again."""
         coming = self._coming.get(state.key)
         if coming is None or seeker not in coming.line:
             return

@@ -407,10 +407,10 @@ def down(clients: int, repeats: int = 5) -> None:
     vector = np.random.default_rng(1).standard_normal(LAYOUT.size).astype(np.float32)
     with default_mosquitto() as (url, _), tempfile.TemporaryDirectory() as folder:
         shelf = Shelf(RUN, LAYOUT, RunFolder(Path(folder)), CHUNK_BYTES)
-        ref = shelf.put(vector, 1)
         transport, inbox = connect(url, "aggregator", topics.everything_up(RUN))
         taken = []
-        for _ in range(repeats):
+        for repeat in range(repeats):
+            ref = shelf.put(vector, repeat)  # each repeat a state of its own, as each round has
             half = clients // 2
             sides = [
                 Process(download_all, url, 0, half, ref),
@@ -426,7 +426,9 @@ def down(clients: int, repeats: int = 5) -> None:
                     to = topics.down(RUN, topics.client_of(topic))
                     want = decode(payload)
                     assert isinstance(want, Want)
-                    shelf.answer(want, lambda packet, to=to: transport.publish(to, packet))
+                    shelf.answer(
+                        want, lambda packet, to=to: transport.publish(to, packet), time.monotonic()
+                    )
                 for side in [s for s in waiting if inbox.empty() and s.talk.poll()]:
                     assert side.talk.recv() == "done"
                     waiting.discard(side)

@@ -275,7 +275,9 @@ class Desk:
         self._heard(client)
         if isinstance(message, Want):
             down = topics.down(self._run, client)
-            self._course.shelf.answer(message, lambda packet: self._transport.publish(down, packet))
+            self._course.shelf.answer(
+                message, lambda packet: self._transport.publish(down, packet), self._clock()
+            )
         elif isinstance(message, Offer):
             self._offered(message)
         elif isinstance(message, Report):

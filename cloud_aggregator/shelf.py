@@ -1,6 +1,8 @@
 """The global states that devices may ask for, by content.
 
-The newest, the one before it, and those that are pinned: what a later stage goes on needing.
+The newest, the one before it, and those that are pinned: what a later stage goes on needing. A
+device is given each of them a few times over at once, and then at a rate: who asks without end is
+refused, and neither the thread that answers nor the broker is kept from the others.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from collections.abc import Callable
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from cloud_aggregator.door import Bucket
 from cloud_aggregator.run_folder import RunFolder, write_atomically
 from device_profiles.errors import InputError
-from messaging.chunks import Missing, chunk_count, fitting_chunk_bytes, make_chunk
+from messaging.chunks import Missing, chunk_count, fitting_chunk_bytes, make_chunk, wire_bytes
 from messaging.claims import Claims
 from messaging.codecs import BlobHeader, encode_blob
 from messaging.errors import ProtocolError
@@ -26,6 +29,10 @@ log = logging.getLogger(__name__)
 
 _KEPT = 2
 _DOWN_WINDOW = 8
+# Of one state to one device. An honest one takes it once; one that is started again, once more; on
+# a bad link it says a request again after five seconds, which is 0.4 MB/s in the largest chunks.
+_TIMES_AT_ONCE, _LEAST_AT_ONCE = 4, 4 * 2**20  # wholes, bytes
+_DOWN_BYTES_PER_SECOND = 2.0**21
 _KEPT_CUT_BYTES = 8 * 2**20  # a state up to here is in memory twice: whole, and cut
 
 
@@ -56,6 +63,7 @@ class Shelf:
         self._blobs: dict[str, tuple[StateRef, bytes]] = {}
         self._packets: dict[tuple[int, int], bytes] = {}  # of the newest state
         self._pinned: set[str] = set()
+        self._given: dict[str, dict[str, Bucket]] = {}  # by state and device
         self.newest: StateRef | None = None
         self.vector: Vector | None = None
 
@@ -124,6 +132,7 @@ class Shelf:
         loose = [name for name in self._blobs if name not in self._pinned]
         for old in loose[:-_KEPT]:
             gone, _ = self._blobs.pop(old)
+            self._given.pop(old, None)
             if self._claims is not None and gone.url is not None:
                 self._claims.store.remove(old)
         self.newest, self.vector = ref, vector
@@ -155,17 +164,37 @@ class Shelf:
         with contextlib.suppress(OSError):  # somebody put something else beside it
             path.parent.rmdir()
 
-    def answer(self, want: Want, send: Callable[[bytes], None]) -> None:
+    def answer(self, want: Want, send: Callable[[bytes], None], now: float) -> None:
         """Send the first chunks of those that a device lacks.
 
+        Args:
+            want: Of a device that takes part.
+            send: Takes each packet.
+            now: Seconds, which never go back.
+
         Raises:
-            ProtocolError: If the state is not, or no longer, on the shelf.
+            ProtocolError: If the state is not, or no longer, on the shelf; with code ``rate`` if
+                the device has had it too often. It may ask again.
         """
         if want.blob not in self._blobs:
             raise ProtocolError("state", "a global state that is not on the shelf any longer")
         ref, blob = self._blobs[want.blob]
-        for index in Missing.from_bitmap(want.missing, ref.chunks).first(_DOWN_WINDOW):
-            send(self._packet(ref, blob, index))
+        wanted = Missing.from_bitmap(want.missing, ref.chunks).first(_DOWN_WINDOW)
+        packets = [self._packet(ref, blob, index) for index in wanted]
+        self._give(want.client, ref, sum(map(len, packets)), now)
+        for packet in packets:
+            send(packet)
+
+    def _give(self, client: str, ref: StateRef, octets: int, now: float) -> None:
+        """Take so many bytes of a state from what a device may still be given of it."""
+        buckets = self._given.setdefault(ref.blob, {})
+        if client not in buckets:
+            whole = wire_bytes(ref.bytes, ref.chunk_bytes)
+            at_once = max(_LEAST_AT_ONCE, _TIMES_AT_ONCE * whole)
+            buckets[client] = Bucket(_DOWN_BYTES_PER_SECOND, at_once, now)
+        if not buckets[client].holds(octets, now):
+            raise ProtocolError("rate", "a global state that it was given several times already")
+        buckets[client].take(octets)
 
     def _packet(self, ref: StateRef, blob: bytes, index: int) -> bytes:
         """Return a piece as it travels; of the state that everybody asks for it is made once."""

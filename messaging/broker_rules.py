@@ -1,7 +1,9 @@
 """What a mosquitto of production is configured by: who connects, who may say what, what it keeps.
 
 A client is its certificate: the common name is its user name and its client id, so that nobody can
-evict another, and a device may write below its own topics alone.
+evict another, and a device may write below its own topics alone. What waits for one client is
+bounded by 128 MiB, four times all the chunks of 16 uploads of 16 each, the aggregator's default:
+who subscribes and does not read fills no memory.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ allow_anonymous false
 acl_file {folder}/acl
 
 max_queued_messages 100000
+max_queued_bytes 134217728
 max_packet_size 300000
 max_keepalive 300
 set_tcp_nodelay true

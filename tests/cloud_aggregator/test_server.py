@@ -1131,6 +1131,25 @@ def test_chunks_without_a_grant_and_requests_beyond_the_shelf_are_refused(stage:
     assert run.end().rounds[0].observed.refused == {"grant": 3, "state": 1, "bitmap": 1}
 
 
+def test_a_device_that_asks_for_the_same_state_without_end_is_refused_and_counted(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloud_aggregator.shelf._LEAST_AT_ONCE", 0)
+    run = Deployed(stage, rounds=1)
+    run.begin()
+    state = run.a.expect_task("train", 1).state
+    assert isinstance(state, StateRef)
+    want = Want(run=RUN, client="a", session=SESSION, blob=state.blob, missing="07")
+    for _ in range(10):  # four times the whole of it are given; no time passes
+        run.a.say(want)
+    assert [run.a.expect_chunk() for _ in range(12)] == [0, 1, 2] * 4
+    run.b.expect_task("train", 1)
+    for puppet in (run.a, run.b):
+        puppet.upload(2.0, 1)
+    run.measured(1)
+    assert run.end().rounds[0].observed.refused == {"rate": 6}
+
+
 def test_what_was_refused_before_the_first_round_is_in_its_record(stage: Stage) -> None:
     run = Deployed(stage, rounds=1)
     Puppet(stage.network, "x").publish(topics.control(RUN, "x"), b"{}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from messaging.codecs import decode_blob
 from messaging.errors import ProtocolError
 from messaging.layout import Layout, TensorSpec
 from messaging.protocol import StateRef, Want
+from messaging.transfer import SILENCE_SECONDS
 from tests.cloud_aggregator.conftest import CHUNK, LAYOUT, RUN, SESSION, constant
 
 
@@ -25,13 +27,34 @@ def shelf(tmp_path: Path) -> Shelf:
     return Shelf(RUN, LAYOUT, RunFolder(tmp_path), CHUNK)
 
 
-def ask(shelf: Shelf, ref: StateRef, missing: Missing | None = None) -> list[Chunk]:
+def ask(
+    shelf: Shelf,
+    ref: StateRef,
+    missing: Missing | None = None,
+    *,
+    client: str = "a",
+    now: float = 0.0,
+) -> list[Chunk]:
     """Return the chunks that a request is answered with."""
     wanted = Missing(ref.chunks) if missing is None else missing
     sent: list[bytes] = []
-    want = Want(run=RUN, client="a", session=SESSION, blob=ref.blob, missing=wanted.bitmap())
-    shelf.answer(want, sent.append)
+    want = Want(run=RUN, client=client, session=SESSION, blob=ref.blob, missing=wanted.bitmap())
+    shelf.answer(want, sent.append, now)
     return [parse_chunk(RUN, packet) for packet in sent]
+
+
+def long_layout(numbers: int) -> Layout:
+    """Return the layout of a state of four bytes a number."""
+    return Layout((TensorSpec(name="long", shape=(numbers,)),))
+
+
+def refused(shelf: Shelf, ref: StateRef, **changes: Any) -> bool:
+    """Return whether a request is refused for its rate."""
+    try:
+        ask(shelf, ref, **changes)
+    except ProtocolError as err:
+        return err.code == "rate"
+    return False
 
 
 def test_a_state_goes_down_whole_and_says_its_round(shelf: Shelf) -> None:
@@ -72,7 +95,7 @@ def test_only_what_a_device_lacks_is_sent(shelf: Shelf) -> None:
 
 
 def test_one_request_brings_a_window_of_eight_chunks(tmp_path: Path) -> None:
-    layout = Layout((TensorSpec(name="long", shape=(4096,)),))
+    layout = long_layout(4096)
     long = Shelf(RUN, layout, RunFolder(tmp_path), CHUNK)
     ref = long.put(constant(1.0, layout), 1)
     assert ref.chunks == 18  # 16,384 bytes and a header, in pieces of 960
@@ -94,6 +117,46 @@ def test_a_request_for_a_chunk_that_there_is_not_is_refused(shelf: Shelf) -> Non
     with pytest.raises(ProtocolError) as refusal:
         ask(shelf, ref, Missing(9, {8}))
     assert refusal.value.code == "bitmap"
+
+
+def test_who_asks_without_end_is_refused_and_nobody_else_waits(tmp_path: Path) -> None:
+    """Of a small state there are 4 MiB at once, and 2 MiB a second from then on.
+
+    A request of 8 chunks of 1024 bytes takes 8192: 512 of them are 4 MiB, and 256 are 2 MiB.
+    """
+    layout = long_layout(4096)
+    shelf = Shelf(RUN, layout, RunFolder(tmp_path), 1024)
+    ref = shelf.put(constant(1.0, layout), 1)
+    assert sum(not refused(shelf, ref) for _ in range(1000)) == 512
+    assert sum(not refused(shelf, ref, now=1.0) for _ in range(1000)) == 256
+    assert len(ask(shelf, ref, client="b", now=1.0)) == 8
+    newer = shelf.put(constant(2.0, layout), 2)
+    assert len(ask(shelf, newer, now=1.0)) == 8
+    shelf.put(constant(3.0, layout), 3)
+    assert ref.blob not in shelf._given  # what is gone from the shelf is not counted any longer
+
+
+@pytest.mark.parametrize("chunk_bytes", [1024, 122_880])
+def test_an_honest_device_takes_a_large_state_as_fast_as_its_link_is_and_again(
+    tmp_path: Path, chunk_bytes: int
+) -> None:
+    """2.3 MB as in the benchmark, three times in no time at all: it was started again twice."""
+    layout = long_layout(580_968)
+    shelf = Shelf(RUN, layout, RunFolder(tmp_path), chunk_bytes)
+    ref = shelf.put(constant(1.0, layout), 1)
+    for _ in range(3):
+        missing = Missing(ref.chunks)
+        while missing:
+            for chunk in ask(shelf, ref, missing):
+                missing.arrived(chunk.index)
+
+
+def test_a_device_whose_answers_are_lost_is_never_refused(tmp_path: Path) -> None:
+    """It asks again after its silence, with the largest chunks that a broker takes."""
+    layout = long_layout(2**19)
+    shelf = Shelf(RUN, layout, RunFolder(tmp_path), 262_144)
+    ref = shelf.put(constant(1.0, layout), 1)
+    assert not any(refused(shelf, ref, now=SILENCE_SECONDS * i) for i in range(50))
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "shape", "stranger"])

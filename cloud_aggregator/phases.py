@@ -109,7 +109,8 @@ class Phases:
 
         Raises:
             RunFailedError: If an emulated client gives nothing in time.
-            InputError: If nobody meets the deadline, where that is a mistake.
+            InputError: If nobody meets the deadline, where that is a mistake; if a private round
+                cannot be gone on with.
             SpoolFullError: If the disk has no room for an update.
             StoreError: If the store cannot be written.
         """
@@ -140,7 +141,12 @@ class Phases:
         intake.passed(self._clock())
 
     def _open(self, number: int) -> Intake:
-        """Return the updates of a round: of one that an earlier process began, what it took."""
+        """Return the updates of a round: of one that an earlier process began, what it took.
+
+        Raises:
+            InputError: If updates that counted are gone and the round had its noise: done again, it
+                would be two releases, and epsilon counts one.
+        """
         stage = self._course.plan.stage
         if self._journal.stale is not None:
             self._journal.stale.forget_before(self._course.first_round)
@@ -152,6 +158,13 @@ class Phases:
         intake = self._intake(number, opened)
         lost = sorted(set(intake.round.accepted) - set(intake.contributions))
         if lost:
+            if opened.noise_key is not None:
+                raise InputError(
+                    f"the update of '{lost[0]}' ({len(lost)} in all) that counted in round "
+                    f"{number} is gone from the spool; the round's state may have been released "
+                    "already, and in a private run it cannot be released a second time with other "
+                    "noise: put the run's spool back as it was, or start a new run"
+                )
             if self._course.plan.layout.specs:
                 log.warning(
                     "the update of '%s' (%d in all) that counted in round %d is gone from the "

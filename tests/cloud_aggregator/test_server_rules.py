@@ -287,13 +287,12 @@ def test_a_private_run_is_not_gone_on_with_under_other_settings(stage: Stage) ->
         stage.aggregator(settings_of(clients=2), kept).run()
 
 
-def test_killed_after_a_round_is_closed_a_private_run_releases_the_same_noise(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Other noise on the same sum would show the sum: the key is drawn once, and then erased."""
+class KilledError(BaseException):
+    """The process is gone."""
 
-    class KilledError(BaseException):
-        pass
+
+def closed_and_killed(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> RunSettings:
+    """Kill a private run after its only round is closed and before the record names it."""
 
     def die(*_: object) -> None:
         raise KilledError
@@ -304,6 +303,14 @@ def test_killed_after_a_round_is_closed_a_private_run_releases_the_same_noise(
         patch.setattr(RunFolder, "write_record", _only(2, RunFolder.write_record, die))
         with pytest.raises(KilledError):
             stage.aggregator(settings).run()
+    return settings
+
+
+def test_killed_after_a_round_is_closed_a_private_run_releases_the_same_noise(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other noise on the same sum would show the sum: the key is drawn once, and then erased."""
+    settings = closed_and_killed(stage, monkeypatch)
     first = moved(stage.path, 1)
     (RunFolder(stage.path).global_path(1)).unlink()
     stage.aggregator(settings, read_record(stage.path)).run()
@@ -311,6 +318,23 @@ def test_killed_after_a_round_is_closed_a_private_run_releases_the_same_noise(
     stage._stores.close()
     with Store(stage.path, RUN) as store:
         assert store.round(1) is None
+
+
+def test_a_private_round_whose_update_is_gone_is_not_released_a_second_time(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Done again, it would have other noise: two releases, and epsilon counts one."""
+    settings = closed_and_killed(stage, monkeypatch)
+    first = moved(stage.path, 1)
+    gone = RunFolder(stage.path).spool_path / "1" / "a.safetensors"
+    update = gone.read_bytes()
+    gone.unlink()
+    with pytest.raises(InputError, match=r"'a'.* that counted in round 1 is gone") as told:
+        stage.aggregator(settings, read_record(stage.path)).run()
+    assert "start a new run" in str(told.value)
+    gone.write_bytes(update)
+    stage.aggregator(settings, read_record(stage.path)).run()
+    assert np.array_equal(moved(stage.path, 1), first)
 
 
 def _only(times: int, original: Any, then: Any) -> Any:

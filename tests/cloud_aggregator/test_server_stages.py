@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from cloud_aggregator.counting import Counting
 from cloud_aggregator.methods import find_method, initial_state, stage_layout
+from cloud_aggregator.privacy import PrivacySettings
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.stages import StagePlan
 from device_profiles.errors import InputError
 from edge_client.local_client import Result, Setup
+from edge_client.privacy import withheld_record
 from edge_client.stage_work import GlobalStates
 from messaging.codecs import encode_blob
 from messaging.layout import Layout, Vector
@@ -208,6 +211,20 @@ def test_a_round_beyond_the_kl_limit_is_taken_back_everywhere(stage: Theatre) ->
         assert np.array_equal(states.shared, tuned)
     kept = load_file(RunFolder(stage.path).global_path(4))
     assert np.array_equal(LAYOUTS["alignment"].pack(kept), tuned)
+
+
+def test_a_private_round_is_not_taken_back_on_the_word_of_a_device(stage: Theatre) -> None:
+    """Broken off and done again it would be released twice; an honest device says nothing."""
+    privacy = PrivacySettings(clip_norm=3.0, noise_multiplier=1.0, delta=1e-5, expected_clients=2)
+    settings = dataclasses.replace(three_stages(kl_limit=5.0), counting=Counting(privacy=privacy))
+    liars = Pupil("a", kl=9.0), Pupil("b", kl=9.0)
+    for liar in liars:
+        liar.device = withheld_record(liar.device)
+    stage.host(*liars)
+    run = stage.aggregator(settings, record()).run()
+    assert [r.taken_back for r in run.rounds] == [""] * 5
+    assert run.privacy is not None
+    assert run.privacy.rounds == 5
 
 
 def test_a_run_goes_on_in_the_stage_where_it_was_stopped(stage: Theatre) -> None:

@@ -4,6 +4,11 @@ The order is what makes it whole: a cohort is in the store before anyone is aske
 the spool and in the store before its device hears DONE; the accepted set is in the store before it
 is aggregated; the global state is on disk before ``run.json`` names it; and only what stands in
 ``run.json`` is forgotten.
+
+A round whose updates are lost, or that is taken back, is opened again: the store says so at once,
+and what an earlier try folded in (``stale``) is forgotten when the round is next begun. A process
+that is killed in between finds an open round with a decision, which can be of an earlier try alone:
+the store says that a round is closed before anything is decided.
 """
 
 from __future__ import annotations
@@ -67,12 +72,17 @@ class Journal:
     def round(self, number: int, stage: Stage) -> OpenRound | None:
         """Return what an earlier process put down of a round; none if it is to begin."""
         opened = self._store.round(number)
-        return opened if opened is not None and opened.stage == stage else None
+        if opened is None or opened.stage != stage:
+            return None
+        if opened.accepted is None:
+            self._forget_decision(number)
+        return opened
 
     def open(self, number: int, stage: Stage, wanted: int, cohort: Iterable[str]) -> OpenRound:
         """Put down who will be asked in a round that begins."""
         cohort = tuple(sorted(cohort))
         self.spool(number).clear()
+        self._forget_decision(number)
         self._store.open_round(number, stage, wanted, cohort)
         return OpenRound(
             stage=stage, wanted=wanted, cohort=cohort, accepted=None, closed_seconds=None
@@ -107,9 +117,16 @@ class Journal:
         return key
 
     def reopen(self, intake: Intake) -> None:
-        """Make a round be done again, by the same cohort, if the run breaks off from here."""
+        """Make a round be done again, by the same cohort, if the run breaks off from here.
+
+        What it folded in stays decided for this process, whose record may yet say so.
+        """
         self._store.reopen_round(intake.number)
         intake.clear()
+
+    def _forget_decision(self, number: int) -> None:
+        if self.stale is not None:
+            self.stale.forget_decision(number)
 
     def finish(self, intake: Intake) -> None:
         """Forget a round that stands in ``run.json``."""

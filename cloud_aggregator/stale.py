@@ -3,7 +3,9 @@
 For each closed round there is one small file that says whom it asked, whose updates it accepted and
 which stale ones it folded in. It is written before anything is aggregated, so a process that is
 killed at any moment finds either no decision or the whole of it: nothing is counted twice, and a
-round that is done again folds in the same.
+closed round that is gone on with folds in the same. A round that is open has no decision, since the
+store says that it is closed before anything is decided: one that is found nevertheless is of an
+earlier try, from which nothing comes into the state, and it is forgotten before anyone is asked.
 
 In deployment an update may be folded in once it is here. In emulation it must also have come by its
 device's modelled time, on a clock that runs while rounds are open: what is folded into a round came
@@ -117,6 +119,14 @@ class StaleUpdates:
         for held in self._all_held():
             if held.offer.round < number:
                 self._remove(held.offer.round, held.offer.client)
+
+    def forget_decision(self, number: int) -> None:
+        """Forget what an earlier try of a round decided, now that the round begins again.
+
+        Who was accepted in it may give another update, and what it folded in waits as before.
+        """
+        (self._folder / f"round-{number}.json").unlink(missing_ok=True)
+        self._rounds.pop(number, None)
 
     def decided(self, number: int) -> ClosedRound | None:
         """Return what was decided for a round."""

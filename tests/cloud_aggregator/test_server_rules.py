@@ -205,6 +205,49 @@ def test_in_deployment_a_late_update_is_stored_and_counts_in_the_next_round(stag
     assert [s.id for s in read_record(stage.path).rounds[1].stale] == ["b"]
 
 
+def test_a_round_that_is_done_again_forgets_whom_its_first_try_accepted(stage: Stage) -> None:
+    """A was accepted, and its update is lost; b alone ends the second try, and a's comes late."""
+    events, clock = Events(), Clock()
+    a, b = Puppet(stage.network, "a"), Puppet(stage.network, "b")
+    for puppet in (a, b):
+        puppet.hello()
+    settings = settings_of(
+        counting=Counting(max_staleness=2),
+        virtual_time=False,
+        clients=2,
+        minimum_clients=2,
+        rules=RoundRules(quorum=0.5, deadline_seconds=100.0),
+    )
+    first = stage.aggregator(settings, events=events, clock=clock)
+    thread = stage.start(first)
+    for puppet in (a, b):
+        puppet.report(puppet.expect_task("evaluate", 0))
+    a.upload(1.0, 1)
+    a.expect_task("evaluate", 1)  # so the round is closed and aggregated
+    first.stop()
+    join(thread)
+    (RunFolder(stage.path).spool_path / "1" / "a.safetensors").unlink()
+
+    events = Events()
+    record = read_record(stage.path)
+    thread = stage.start(stage.aggregator(settings, record, events, clock=clock))
+    b.expect_task("train", 1)
+    b.upload(3.0, 1)
+    for puppet in (a, b):
+        puppet.report(puppet.expect_task("evaluate", 1))
+    b.expect_task("train", 2)
+    assert getattr(a.upload(1.0, 1), "status", "") == "late"
+    events.wait_for("stale", client="a", round=1, staleness=1)
+    b.upload(3.0, 2)
+    for puppet in (a, b):
+        puppet.report(puppet.expect_task("evaluate", 2))
+    join(thread)
+    record = read_record(stage.path)
+    assert [r.accepted for r in record.rounds] == [["b"], ["b"]]
+    assert [s.id for s in record.rounds[1].stale] == ["a"]
+    np.testing.assert_allclose(moved(stage.path, 2), 3 + (3 + 1 / math.sqrt(2)) / 2, rtol=1e-6)
+
+
 # -- privacy --------------------------------------------------------------------------------------
 
 

@@ -5,14 +5,11 @@ The thread of the protocol goes on meanwhile; what came of a fetch is handed to 
 
 from __future__ import annotations
 
-import io
 import logging
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from messaging.claims import ClaimStore
 from messaging.errors import ProtocolError
@@ -43,7 +40,6 @@ class Fetches:
     def __init__(self, store: ClaimStore, deliver: Callable[[Fetched], None]) -> None:
         self.store = store
         self._deliver = deliver
-        self._leaving = threading.Event()
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="pwff-fetch")
 
     def begin(self, offer: Offer, url: str, path: Path) -> None:
@@ -53,7 +49,7 @@ class Fetches:
     def _fetch(self, offer: Offer, url: str, path: Path) -> None:
         fault = None
         try:
-            with _Sink(path, self._leaving) as sink:
+            with path.open("wb") as sink:
                 self.store.fetch(url, sha256=offer.blob, size=offer.bytes, sink=sink)
         except ProtocolError as err:
             fault = err.code
@@ -68,19 +64,6 @@ class Fetches:
         self._pool.submit(self.store.remove, blob)
 
     def close(self) -> None:
-        """Drop what has not begun; what is under way ends with its next piece."""
-        self._leaving.set()
+        """Drop what has not begun; what is under way is left, whatever the store does."""
+        self.store.leave()
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-class _Sink(io.BufferedWriter):
-    """A new file that takes nothing more once someone is leaving."""
-
-    def __init__(self, path: Path, leaving: threading.Event) -> None:
-        super().__init__(io.FileIO(path, "wb"))
-        self._leaving = leaving
-
-    def write(self, data: Any, /) -> int:
-        if self._leaving.is_set():
-            raise ProtocolError("url", "the aggregator is leaving")
-        return super().write(data)

@@ -161,6 +161,8 @@ class Aggregator:
     def stop(self) -> None:
         """Make ``run`` leave in good order; callable from any thread or signal handler."""
         self._inbox.stop()
+        if self.settings.claims is not None:  # this thread may be waiting for it
+            self.settings.claims.store.leave()
 
     def fail(self, error: Exception) -> None:
         """Make ``run`` raise ``error``; callable from any thread."""

@@ -236,9 +236,10 @@ class Host:
         """Make ``run`` leave in good order; callable from any thread or signal handler.
 
         Work under way stops at its next step, is put down where it can be taken up again, and is
-        waited for.
+        waited for; a store is not.
         """
         self._interrupt()
+        self._leave_store()
         self._stop.set()
         self._inbox.put(None)
 
@@ -282,8 +283,13 @@ class Host:
         except OSError as err:
             log.warning("cannot touch %s: %s", self._alive_file, err.strerror or err)
 
+    def _leave_store(self) -> None:
+        if self._claims is not None:
+            self._claims.store.leave()
+
     def _leave(self) -> None:
         self._interrupt()
+        self._leave_store()
         self._fetch.shutdown(wait=False, cancel_futures=True)
         self._work.shutdown(wait=True, cancel_futures=True)
         for seat in self._seats:

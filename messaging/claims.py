@@ -9,6 +9,9 @@ Credentials are the store's own affair: the environment for S3 (``AWS_ACCESS_KEY
 ``AWS_ENDPOINT_URL`` for another service that speaks S3), ``~/.netrc`` for HTTP. Nothing of them is
 part of an address, which travels in messages. Blobs that are of no use any longer are removed where
 the store can do so; one behind HTTP needs a rule of its own.
+
+A store may be silent for as long as it likes: whatever is asked of it is asked on a thread that may
+be left where it is, so that a process that is told to leave does.
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ import io
 import logging
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -35,6 +40,7 @@ PIECE_BYTES = 2**20
 CONNECT_SECONDS, READ_SECONDS = 10, 30
 SLOWEST_BYTES_PER_SECOND = 65_536
 PATIENCE_SECONDS = 60.0  # beside the time that the slowest link takes
+_LOOK_SECONDS = 0.2  # between two looks at whether this side is leaving
 
 _PACKAGES = {"file": ("fsspec",), "s3": ("s3fs",), "http": ("aiohttp",), "https": ("aiohttp",)}
 _PATH = re.compile(r"(/[A-Za-z0-9_.~-]+)+")
@@ -57,6 +63,14 @@ class ClaimStore:
         self.scheme = _check_base(self.base)
         self._attempts, self._pause = attempts, pause_seconds
         self._opened: Any = None
+        self._leaving = threading.Event()
+
+    def leave(self) -> None:
+        """End every transfer soon, also those that wait for the store, and begin none any more.
+
+        Callable from any thread or signal handler.
+        """
+        self._leaving.set()
 
     def __str__(self) -> str:
         """Return the base address, which holds no secret."""
@@ -83,7 +97,7 @@ class ClaimStore:
         """Put a blob in its place, unless it is there already; return its URL.
 
         Raises:
-            ProtocolError: With code ``url``, if the store does not take it.
+            ProtocolError: With code ``url``, if the store does not take it, or this side leaves.
         """
         self._tried(lambda: self._put(self.url_of(sha256), blob), f"put {len(blob)} bytes into")
         return self.url_of(sha256)
@@ -99,7 +113,7 @@ class ClaimStore:
 
         Raises:
             ProtocolError: With code ``url`` if the URL is not in this store or the store does not
-                give it, ``size`` or ``hash`` if it gives something else.
+                give it or this side leaves, ``size`` or ``hash`` if it gives something else.
         """
         self.check(url, sha256)
         self._tried(lambda: self._fetch(url, sha256, size, sink), f"fetch {size} bytes from")
@@ -107,7 +121,8 @@ class ClaimStore:
     def remove(self, sha256: str) -> None:
         """Remove a blob, where the store can; what stays is said in the log and harms nobody."""
         try:
-            self._system().rm_file(self._path(self.url_of(sha256)))
+            place = self._path(self.url_of(sha256))
+            self._unless_leaving(lambda: self._system().rm_file(place))
         except Exception as err:  # stores raise what they like
             log.debug("%s: %s stays there: %s", self.base, sha256[:12], err)
 
@@ -138,6 +153,8 @@ class ClaimStore:
                 held += len(piece)
                 digest.update(piece)
                 sink.write(piece)
+                if self._leaving.is_set():
+                    raise ProtocolError("url", f"left {self.base} after {held} of {size} bytes")
                 if time.monotonic() > until:
                     raise ProtocolError("url", f"{self.base} gave {held} of {size} bytes in time")
         if held != size:
@@ -180,18 +197,45 @@ class ClaimStore:
         import tenacity
 
         tries = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(self._attempts),
+            stop=tenacity.stop_after_attempt(self._attempts)
+            | tenacity.stop_when_event_set(self._leaving),
+            sleep=tenacity.sleep_using_event(self._leaving),
             wait=tenacity.wait_random_exponential(multiplier=self._pause, max=20),
             retry=tenacity.retry_if_not_exception_type(ProtocolError),
             reraise=True,
         )
         try:
-            tries(once)
+            self._unless_leaving(lambda: tries(once))
         except ProtocolError:
             raise
         except Exception as err:  # each store has its own
             detail = f"{type(err).__name__}: {err}"[:160]
             raise ProtocolError("url", f"cannot {what} {self.base} ({detail})") from err
+
+    def _unless_leaving(self, work: Callable[[], None]) -> None:
+        """Do some work on a thread of its own, and leave it there if this side leaves meanwhile.
+
+        The thread is a daemon: no interpreter waits for it. Whoever waits here only looks at the
+        event, since a signal handler that sets it may interrupt just this thread.
+        """
+        outcome: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as err:
+                outcome.set_exception(err)
+            else:
+                outcome.set_result(None)
+
+        why = f"this side is leaving, and waits for {self.base} no more"
+        if self._leaving.is_set():
+            raise ProtocolError("url", why)
+        threading.Thread(target=run, name="pwff-store", daemon=True).start()
+        while not wait([outcome], _LOOK_SECONDS).done:
+            if self._leaving.is_set():
+                raise ProtocolError("url", why)
+        outcome.result()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from cloud_aggregator.fetches import Fetched, Fetches
 from cloud_aggregator.intake import Client, Intake, IntakeRules
 from cloud_aggregator.rounds import RoundRules
-from cloud_aggregator.run_folder import RunFolder
+from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.shelf import Shelf
 from cloud_aggregator.spool import Spool
 from device_profiles.modules import initial_adapters
@@ -41,6 +42,7 @@ from tests.cloud_aggregator.conftest import (
     Teacher,
     blob_of,
     constant,
+    join,
     offer_of,
     pieces,
     settings_of,
@@ -308,20 +310,48 @@ def test_a_run_whose_devices_have_no_store_ends_with_the_same_state(
     assert newest.tobytes() == (once + np.float32(2.75)).tobytes()
 
 
-def test_leaving_ends_a_fetch_at_its_next_piece(tmp_path: Path, store: ClaimStore) -> None:
-    begun, leave = threading.Event(), threading.Event()
+class Silent(ClaimStore):
+    """A store that is asked and does not answer before the test ends."""
 
-    class Slow(ClaimStore):
-        def fetch(self, url: str, *, sha256: str, size: int, sink: object) -> None:
-            del url, sha256, size
-            begun.set()
-            assert leave.wait(LIMIT)
-            sink.write(b"x")  # type: ignore[attr-defined]
+    def __init__(self, base: str) -> None:
+        super().__init__(base)
+        self.asked, self.over = threading.Event(), threading.Event()
 
+    def _system(self) -> Any:
+        self.asked.set()
+        assert self.over.wait(LIMIT)
+        raise OSError("it is gone")
+
+
+@pytest.fixture
+def silent(store: ClaimStore) -> Iterator[Silent]:
+    """Yield a store that does not answer."""
+    silent = Silent(store.base)
+    yield silent
+    silent.over.set()
+
+
+def test_leaving_waits_for_no_store_that_does_not_answer(
+    tmp_path: Path, store: ClaimStore, silent: Silent
+) -> None:
     came: queue.Queue[Fetched] = queue.Queue()
-    fetches = Fetches(Slow(store.base), came.put)
+    fetches = Fetches(silent, came.put)
     fetches.begin(claimed(store), store.url_of(NAME), tmp_path / "x")
-    assert begun.wait(LIMIT)
+    assert silent.asked.wait(LIMIT)
     fetches.close()
-    leave.set()
-    assert came.get(timeout=LIMIT).fault == "url"
+    assert came.get(timeout=LIMIT / 2).fault == "url"
+    assert not silent.over.is_set()
+
+
+def test_an_aggregator_that_is_told_to_stop_waits_for_no_store(
+    stage: Stage, silent: Silent
+) -> None:
+    """It puts a state there on the thread that takes what arrives."""
+    stage.host(Teacher("a", 1.0), Teacher("b", 2.0), Teacher("c", 6.0))
+    server = stage.aggregator(settings_of(claims=Claims(store=silent, above_bytes=1000)))
+    thread = stage.start(server)
+    assert silent.asked.wait(LIMIT)
+    server.stop()
+    join(thread)
+    assert read_record(stage.path).status == "stopped"
+    assert not silent.over.is_set()

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from edge_client.host import Host
 from edge_client.local_client import Result
 from edge_client.stage_work import GlobalStates
 from messaging.chunks import Missing, parse_chunk
+from messaging.claims import Claims, ClaimStore
 from messaging.layout import Layout, TensorSpec
 from messaging.memory import MemoryNetwork
 from messaging.protocol import Costs, Done, Grant, Hello, Manifest, Offer, Reject, Report, Task
@@ -216,6 +218,29 @@ def test_stopping_waits_for_the_work_under_way() -> None:
         worker.may_end.set()
         run.result(WAIT_SECONDS)
         assert not cloud.hear(Hello).online  # and its result is not sent
+
+
+def test_stopping_waits_for_no_store_that_does_not_answer(tmp_path: Path) -> None:
+    asked, over = threading.Event(), threading.Event()
+
+    class Silent(ClaimStore):
+        def _put(self, url: str, blob: bytes) -> None:
+            del url, blob
+            asked.set()
+            assert over.wait(WAIT_SECONDS)
+
+    worker = Worker(ONE)
+    worker.may_end.set()
+    claims = Claims(store=Silent(f"file://{tmp_path}"), above_bytes=1000)
+    host, cloud = a_host(worker, claims=claims)
+    with running(host) as future:
+        greet(cloud, 1)
+        cloud.say(ONE, a_task(ONE))
+        assert asked.wait(WAIT_SECONDS)
+        host.stop()
+        future.result(WAIT_SECONDS)
+        assert not over.is_set()
+        over.set()
 
 
 def test_one_refused_client_is_named_and_the_other_goes_on() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -196,6 +197,44 @@ def test_a_store_that_goes_on_failing_is_given_up(shop: Shop) -> None:
     shop.failures = 99
     assert refusal(ClaimStore(shop.base, pause_seconds=0.0, attempts=3)) == "url"
     assert len(shop.asked) == 3
+
+
+def test_once_this_side_leaves_nothing_is_tried_again_and_nothing_begun(shop: Shop) -> None:
+    class Left(ClaimStore):
+        def _fetch(self, url: str, sha256: str, size: int, sink: BinaryIO) -> None:
+            self.leave()
+            super()._fetch(url, sha256, size, sink)
+
+    shop.failures = 99
+    store = Left(shop.base, pause_seconds=0.0)
+    assert refusal(store) == "url"
+    assert refusal(store) == "url"
+    assert len(shop.asked) <= 1  # nobody waits for the answer
+
+
+def test_a_transfer_that_is_under_way_ends_with_its_piece_once_this_side_leaves(
+    tmp_path: Path,
+) -> None:
+    ended = threading.Event()
+
+    class Watched(ClaimStore):
+        def _fetch(self, url: str, sha256: str, size: int, sink: BinaryIO) -> None:
+            try:
+                super()._fetch(url, sha256, size, sink)
+            finally:
+                ended.set()
+
+    class Sink(io.BytesIO):
+        def write(self, piece: Any, /) -> int:
+            store.leave()
+            return super().write(piece)
+
+    store, sink = Watched(f"file://{tmp_path}"), Sink()
+    store.put(BLOB, NAME)
+    with pytest.raises(ProtocolError):
+        store.fetch(store.url_of(NAME), sha256=NAME, size=len(BLOB), sink=sink)
+    assert ended.wait(20.0)
+    assert len(sink.getvalue()) == 2**20
 
 
 def test_a_redirect_is_not_followed(shop: Shop) -> None:

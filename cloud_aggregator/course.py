@@ -179,12 +179,8 @@ class Course:
     def verdict(
         self, devices: Mapping[str, DeviceRecord], reports: Mapping[str, Report]
     ) -> tuple[str, GlobalRound]:
-        """Return why a round of alignment must be taken back, if it must, and its figures.
-
-        In a private run none is: no device says how it went, and one that does is no witness. A
-        round that was being taken back when the run broke off would be released twice.
-        """
+        """Return why a round of alignment must be taken back, if it must, and its figures."""
         figures = global_figures(devices, reports)
-        if self.plan.stage != "alignment" or self.settings.counting.privacy is not None:
+        if self.plan.stage != "alignment":
             return "", figures
         return collapse(self.plan, reward_change(self.record, reports), figures), figures

@@ -2,8 +2,8 @@
 
 A client is its certificate: the common name is its user name and its client id, so that nobody can
 evict another, and a device may write below its own topics alone. What waits for one client is
-bounded by 128 MiB, four times all the chunks of 16 uploads of 16 each, the aggregator's default:
-who subscribes and does not read fills no memory.
+bounded by 128 MiB, the thousand chunks that an aggregator counts on by default (``broker_queue``):
+who subscribes and does not read fills no memory. Whoever lets more be in flight raises it too.
 """
 
 from __future__ import annotations

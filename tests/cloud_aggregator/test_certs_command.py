@@ -10,10 +10,10 @@ from click.testing import CliRunner, Result
 
 from messaging.broker import find_mosquitto
 from messaging.broker_rules import access_rules, mosquitto_config
+from messaging.chunks import CHUNK_BYTES
 from messaging.key_files import device_keys, run_keys
 from messaging.memory import matches
 from messaging.tls import TlsFiles
-from messaging.transfer import UploadLimits
 from pwff import command
 
 ROOT = Path(__file__).parents[2]
@@ -161,15 +161,14 @@ def test_the_example_of_a_brokers_configuration_is_what_the_command_writes() -> 
     expected = mosquitto_config(8883, "/etc/mosquitto/pwff", "/var/lib/mosquitto")
     assert (place / "mosquitto.conf").read_text() == expected
     assert (place / "acl").read_text() == access_rules()
-    limits = UploadLimits()
-    in_flight = 2**16 * limits.grants * limits.window  # of 64 KiB; a chunk is below twice that
+    assert 1000 * CHUNK_BYTES < 2**27  # as many as are in flight at the most, by default
     for line in (
         "allow_anonymous false",
         "require_certificate true",
         "use_identity_as_username true",
         "use_username_as_clientid true",
         "max_queued_messages 100000",
-        f"max_queued_bytes {4 * 2 * in_flight}",
+        f"max_queued_bytes {2**27}",
         "max_packet_size 300000",
         "persistence true",
         "autosave_on_changes true",

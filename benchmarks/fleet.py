@@ -35,9 +35,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from fleets.machine import cpu, ours, watch
+from fleets.rows import write_rows
 from fleets.work import Job
 
 ENGINES = ("emulate", "flower, padded step", "flower, this project's step", "loop, padded step")
+ROWS = 1_000  # of all clients; one in fifty is held out
 TOLERANCE = 1e-4
 
 
@@ -75,7 +77,14 @@ def main() -> None:
                     "t.GPT2LMHeadModel(t.GPT2Config()).save_pretrained(sys.argv[1])"
                 )
                 subprocess.run([sys.executable, "-c", make, place], check=True)
-            job = Job(place, arguments.clients, arguments.rounds, arguments.steps, arguments.batch)
+            job = Job(
+                place,
+                arguments.clients,
+                arguments.rounds,
+                arguments.steps,
+                arguments.batch,
+                write_rows(Path(folder), ROWS),
+            )
             compare(model, job, arguments)
 
 

@@ -29,6 +29,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from fleets.machine import cpu, ours, watch
+from fleets.rows import write_rows
 
 ROWS = 5  # a client: four to learn from, one held out
 
@@ -77,7 +78,7 @@ def measure(transport: str, clients: int, arguments: argparse.Namespace) -> dict
             "batch_size": 2,
             "max_length": 64,
             "fleet": one_kind(folder),
-            "data": rows(folder, ROWS * clients),
+            "data": write_rows(folder, ROWS * clients),
             "partition": "iid",
             "transport": transport,
         }
@@ -109,22 +110,6 @@ def one_kind(folder: Path) -> str:
     path = folder / "fleet.toml"
     member = '[[member]]\nprofile = "jetson-orin-nano-8gb"\nshare = 1.0\n'
     path.write_text(f'title = "Alike"\n\n{member}')
-    return str(path)
-
-
-def rows(folder: Path, count: int) -> str:
-    """Write so many rows of the kit's, one after another and over again."""
-    from edge_client.data.instructions import load_instructions
-
-    kit = load_instructions("kit").examples
-    path = folder / "rows.jsonl"
-    with path.open("w") as file:
-        for number in range(count):
-            row = kit[number % len(kit)]
-            line = {"instruction": row.instruction, "input": row.input, "output": row.output}
-            if number >= len(kit):  # no two rows are alike
-                line["instruction"] += f" ({number})"
-            file.write(json.dumps(line) + "\n")
     return str(path)
 
 

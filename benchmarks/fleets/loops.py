@@ -63,6 +63,7 @@ def run_emulation(job: Job) -> tuple[list[float], Tensors]:
 
     experiment = Experiment(
         model=job.model,
+        data=job.data,
         clients=job.clients,
         rounds=str(job.rounds),
         local_steps=str(job.steps),

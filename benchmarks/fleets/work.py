@@ -38,6 +38,7 @@ class Job:
     rounds: int
     steps: int
     batch: int
+    data: str
     seed: int = 0
 
 
@@ -77,7 +78,7 @@ class Prepared:
         self.identity = identify(job.model)
         self.rank = lora_rank(self.identity.shape, None)[0]
         self.names = [d.id for d in draw_fleet(find_fleet("mixed"), job.clients, job.seed)]
-        self._rows = load_instructions("kit").examples
+        self._rows = load_instructions(job.data).examples
         self._parts = partition(
             self._rows,
             clients=job.clients,

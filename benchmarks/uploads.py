@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from transport import connect
 
 from cloud_aggregator.intake import Client, Intake, IntakeRules
 from cloud_aggregator.rounds import RoundRules
@@ -56,8 +57,6 @@ RUN, SESSION, BINDING = "bench", "0" * 16, "b" * 64
 LAYOUT = Layout((TensorSpec(name="adapters.all", shape=(580_968,)),))  # GPT-2-small's adapters
 WAIT = 120.0
 RAW_CHUNKS, RAW_BURST = 2_000, 400  # a burst stays below the default queue of 1,000
-
-Inbox = queue.SimpleQueue[tuple[str, bytes]]
 
 
 def client_name(number: int) -> str:
@@ -94,21 +93,6 @@ def default_mosquitto() -> Iterator[tuple[str, int]]:
         finally:
             child.terminate()
             child.wait()
-
-
-def connect(url: str, client_id: str, filters: list[str]) -> tuple[Any, Inbox]:
-    """Return a connection whose subscriptions hold, and what arrives on it."""
-    inbox: Inbox = queue.SimpleQueue()
-    ready: queue.SimpleQueue[None] = queue.SimpleQueue()
-    transport = MqttNetwork(url).open(
-        client_id=client_id,
-        filters=filters,
-        deliver=lambda topic, payload: inbox.put((topic, payload)),
-        connected=lambda: ready.put(None),
-    )
-    transport.start()
-    ready.get(timeout=WAIT)
-    return transport, inbox
 
 
 def peak_memory() -> float:

@@ -194,8 +194,8 @@ def _counted(data: Path, model: str, max_length: int | None) -> dict[str, int]:
     """Return how many examples a file holds, and their mean lengths in the base's tokens."""
     from edge_client.data.instructions import load_instructions
     from edge_client.data.prompts import encode_example
-    from quantization.base_model import load_tokenizer
     from quantization.identity import identify
+    from quantization.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(identify("mini" if model == "gpt2" else model))
     examples = load_instructions(str(data)).examples

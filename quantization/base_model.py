@@ -5,11 +5,8 @@ Shape letters: B batch, T tokens, D model width.
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +15,7 @@ from torch import nn
 from device_profiles.families import FAMILIES
 from quantization.errors import BaseModelError
 from quantization.identity import BaseIdentity
+from quantization.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -52,7 +50,7 @@ class Base:
 
     identity: BaseIdentity
     model: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
 
     @property
     def end_token(self) -> int:
@@ -93,7 +91,6 @@ def load_base(identity: BaseIdentity) -> Base:
             f"'{sorted(notes['missing_keys'])[0]}' among them"
         )
     tokenizer = load_tokenizer(identity)
-    tokenizer.model_max_length = sys.maxsize  # examples are cut where they are encoded
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = False
@@ -102,52 +99,6 @@ def load_base(identity: BaseIdentity) -> Base:
 
 def _line(err: Exception) -> str:
     return f"{str(err).strip()}\n".splitlines()[0][:200]
-
-
-def _reader(folder: Path) -> Any:
-    """Return what reads a folder's tokenizer: the class that it names, or what finds one.
-
-    What finds one imports most of the library, 3 s of a worker's start.
-    """
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_bytes())
-        if config["tokenizer_class"] == "PreTrainedTokenizerFast" and "auto_map" not in config:
-            from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
-
-            return PreTrainedTokenizerFast
-    except (OSError, ValueError, KeyError, TypeError, ImportError):  # 5.x has it elsewhere
-        pass
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer
-
-
-def load_tokenizer(identity: BaseIdentity) -> Any:
-    """Return a base's tokenizer.
-
-    Raises:
-        BaseModelError: If it is damaged, names no end token, or does not fit the weights.
-    """
-    try:
-        tokenizer = _reader(identity.tokenizer_folder).from_pretrained(
-            identity.tokenizer_folder, local_files_only=True
-        )
-    except Exception as err:  # the library raises a bare one for a damaged file
-        raise BaseModelError(
-            f"the tokenizer of {identity.tokenizer_folder} cannot be read: {_line(err)}"
-        ) from err
-    if tokenizer.eos_token_id is None:
-        raise BaseModelError(
-            f"the tokenizer of {identity.tokenizer_folder} names no end token; "
-            "set eos_token in its tokenizer_config.json"
-        )
-    if len(tokenizer) > identity.vocabulary:
-        raise BaseModelError(
-            f"the tokenizer of {identity.tokenizer_folder} has {len(tokenizer)} tokens and "
-            f"{identity.folder} {identity.vocabulary} embedding rows; give the tokenizer that the "
-            "checkpoint was trained with"
-        )
-    return tokenizer
 
 
 def split_attention(model: GPT2LMHeadModel) -> None:

@@ -6,7 +6,6 @@ Shape letters: N tokens, T positions, D model width, V vocabulary.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 
 from quantization.backends.stored import pieces
-from quantization.base_model import load_tokenizer
 from quantization.checkpoint import Checkpoint, look_through
 from quantization.errors import BaseModelError
 from quantization.identity import BaseIdentity
 from quantization.matrix import FrozenMatrix
 from quantization.precision import choose
+from quantization.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +102,7 @@ class FrozenBase:
     """A frozen base in memory.
 
     Attributes:
+        tokenizer: A ``quantization.tokenizer.Tokenizer``; none of a base without words.
         precision: What its matrices are held in, a row of ``quantization.precision.PRECISIONS``.
         backend: Whose kernels multiply by them.
     """
@@ -146,7 +146,6 @@ def load_frozen(
     chosen = choose(precision, device, backend)
     checkpoint = look_through(identity)
     tokenizer = load_tokenizer(identity)
-    tokenizer.model_max_length = sys.maxsize  # examples are cut where they are encoded
 
     def hold(name: str, weight: Tensor) -> FrozenMatrix:
         try:

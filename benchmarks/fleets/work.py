@@ -3,11 +3,13 @@
 An engine gets the shared adapters of a round and a client's own part (LoRA, moments), and gives
 back the adapters after the client's steps. What a step is differs: ``padded_steps`` is transformers
 and peft as a user writes it, padded to the batch's longest row with labels of -100, ``own_steps``
-is this project's packed step. Both take the same batches with the same AdamW, clipped at 1.
+is this project's packed step. Both take the same batches with the same AdamW, clipped at 1. After
+each round every client measures the new adapters on its held-out examples (``*_measure``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -72,7 +74,7 @@ class Prepared:
     """Names, data and first values."""
 
     def __init__(self, job: Job) -> None:
-        from quantization.base_model import load_tokenizer
+        from quantization.tokenizer import load_tokenizer
 
         self.job = job
         self.identity = identify(job.model)
@@ -101,9 +103,15 @@ class Prepared:
 
     def examples(self, client: int) -> list[Encoded]:
         """Return a client's own examples."""
+        return self._encoded(self._parts[client].train)
+
+    def held_out(self, client: int) -> list[Encoded]:
+        """Return the examples that a client is measured on."""
+        return self._encoded(self._parts[client].held_out)
+
+    def _encoded(self, places: Sequence[int]) -> list[Encoded]:
         longest = min(MAX_LENGTH, self.identity.positions)
-        rows = (self._rows[i] for i in self._parts[client].train)
-        return [encode_example(row, self._tokenizer, longest) for row in rows]
+        return [encode_example(self._rows[i], self._tokenizer, longest) for i in places]
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -200,4 +208,33 @@ def padded_steps(work: Prepared, model: Any, turn: Turn) -> Tensors:
     return {n: t for n, t in after.items() if n in adapters}
 
 
-STEPS = {"own": (own_model, own_steps), "padded": (padded_model, padded_steps)}
+def own_measure(work: Prepared, model: Any, turn: Turn) -> float:
+    """Return a client's loss on its held-out examples, nats a token."""
+    from edge_client.trainer import evaluate
+
+    model.activate(LORA_COUNT)
+    model.put({**turn.own.lora, **turn.adapters})
+    return evaluate(model, work.held_out(turn.client)).loss
+
+
+def padded_measure(work: Prepared, model: Any, turn: Turn) -> float:
+    """Return the same from padded batches."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    model.activate(LORA_COUNT)
+    model.put({**turn.own.lora, **turn.adapters})
+    examples, total, count = work.held_out(turn.client), 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(examples), work.job.batch):
+            padded = make_batch(examples[start : start + work.job.batch], model.base.end_token)
+            logits = model.model(padded.tokens).logits[padded.places]
+            total += float(cross_entropy(logits, padded.targets, reduction="sum"))
+            count += len(padded.targets)
+    return total / count
+
+
+STEPS = {
+    "own": (own_model, own_steps, own_measure),
+    "padded": (padded_model, padded_steps, padded_measure),
+}

@@ -22,6 +22,7 @@ from edge_client.export.folder import MARK, check_place, new_folder, size_of
 from edge_client.export.personal import Personal
 from quantization.errors import MissingExtraError
 from quantization.identity import require_gpt2
+from quantization.tokenizer import transformers_tokenizer
 
 if TYPE_CHECKING:
     from edge_client.export.check import Check
@@ -167,7 +168,7 @@ def _write_tokenizer(base: Base, folder: Path) -> None:
     A tokenizer of no particular class gives token types as well, and transformers' GPT-2 adds the
     embeddings of token 0 for them.
     """
-    base.tokenizer.save_pretrained(folder)
+    transformers_tokenizer(base.identity.tokenizer_folder).save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config["model_input_names"] = ["input_ids", "attention_mask"]

@@ -73,7 +73,7 @@ def test_dropout_is_off_though_the_configuration_has_it(base: Base) -> None:
 
 
 def test_the_end_token_is_the_tokenizers(base: Base) -> None:
-    assert base.end_token == base.tokenizer.convert_tokens_to_ids(END_OF_TEXT) == 0
+    assert base.end_token == base.tokenizer(END_OF_TEXT).input_ids[0] == 0
 
 
 def test_threads_are_pinned() -> None:

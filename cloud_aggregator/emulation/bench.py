@@ -44,10 +44,17 @@ def make_setup(spec: WorkerSpec, identity: BaseIdentity) -> Setup:
     )
 
 
-def load_bases(spec: WorkerSpec, identity: BaseIdentity) -> dict[str, FrozenBase]:
+def load_bases(
+    spec: WorkerSpec, identity: BaseIdentity, there: Mapping[str, FrozenBase] | None = None
+) -> dict[str, FrozenBase]:
     """Return the bases that a worker's clients compute with, one for each precision.
 
     None for a family that transformers computes (``edge_client.peft.build``).
+
+    Args:
+        spec: Of the worker.
+        identity: Of the base.
+        there: Those in memory already, which are not loaded again.
 
     Raises:
         BaseModelError: If the base is not usable.
@@ -58,7 +65,8 @@ def load_bases(spec: WorkerSpec, identity: BaseIdentity) -> dict[str, FrozenBase
     wanted: set[str] = {client.device.precision for client in spec.clients}
     if spec.preferences:
         wanted.add(spec.trunk_precision)
-    return {precision: load_frozen(identity, precision) for precision in sorted(wanted)}
+    there = there or {}
+    return {p: there.get(p) or load_frozen(identity, p) for p in sorted(wanted)}
 
 
 class Bench:

@@ -14,6 +14,7 @@ import psutil
 
 from cloud_aggregator.emulation.airtime import airtime_lines
 from cloud_aggregator.emulation.broker_watch import watch_broker
+from cloud_aggregator.emulation.nursery import Nursery
 from cloud_aggregator.emulation.plan import (
     check_plan_memory,
     plan_run,
@@ -77,10 +78,13 @@ def emulate(
     check_trackers(track)  # before there is a folder
     folder = RunFolder(new_place(experiment) if out is None else out)
     _check_folder(folder, experiment, resume=resume)
-    planned = plan_run(experiment, folder)
-    check_plan_memory(planned)
-    record = run_record(planned, resume=resume)
     with contextlib.ExitStack() as stack:
+        nursery = None
+        if experiment.engine == "local" and experiment.transport == "mqtt":
+            nursery = stack.enter_context(Nursery())  # it is ready when the run is planned
+        planned = plan_run(experiment, folder)
+        check_plan_memory(planned)
+        record = run_record(planned, resume=resume)
         store = stack.enter_context(Store(folder.path, experiment.run_name))
         tracked = stack.enter_context(open_trackers(track, folder))
 
@@ -126,9 +130,10 @@ def emulate(
 
             host = make_host(worker_specs(planned)[0], network, keys)
             stack.enter_context(_in_this_process(host, aggregator))
-        else:
-            specs = worker_specs(planned)
-            pool.append(WorkerPool(specs, url, folder.path / "workers", aggregator.fail, keys))
+        elif nursery is not None:
+            specs, place = worker_specs(planned), folder.path / "workers"
+            failed = aggregator.fail
+            pool.append(WorkerPool(nursery, specs, place, broker=url, failed=failed, keys=keys))
             stack.callback(pool[0].close)
         return aggregator.run()
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from cloud_aggregator.emulation.fleet import BROKER_VARIABLE, WorkerSpec
+from cloud_aggregator.emulation.nursery import Nursery
 from cloud_aggregator.emulation.seals import to_environment
 from cloud_aggregator.errors import RunFailedError
 from cloud_aggregator.run_folder import write_atomically
@@ -28,123 +27,108 @@ _LEAVE_SECONDS = 60.0
 
 @dataclass
 class _Worker:
-    command: list[str]
-    environment: dict[str, str]
-    log_path: Path
-    process: subprocess.Popen[bytes]
+    number: int
+    spec: Path
+    log: Path
     restarts: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    over: threading.Event = field(default_factory=threading.Event)
 
 
 class WorkerPool:
     """Worker processes.
 
     Args:
+        nursery: Starts them.
         specs: One a worker.
-        broker: Its address.
         folder: Where their specifications and logs are written.
+        broker: Its address.
         failed: Told when a worker cannot be kept alive.
         keys: Of the run, where it is sealed.
     """
 
     def __init__(
         self,
+        nursery: Nursery,
         specs: list[WorkerSpec],
-        broker: str,
         folder: Path,
+        *,
+        broker: str,
         failed: Callable[[Exception], None],
         keys: RunKeys | None = None,
     ) -> None:
-        self._failed = failed
-        environment = {**os.environ, BROKER_VARIABLE: broker, **to_environment(keys)}
-        self._stopping = threading.Event()
-        self._workers: list[_Worker] = []
-        self._watchers: list[threading.Thread] = []
+        self._nursery, self._failed = nursery, failed
+        self._environment = {BROKER_VARIABLE: broker, **to_environment(keys)}
+        self._lock = threading.RLock()
+        self._stopping = False
         folder.mkdir(parents=True, exist_ok=True)
-        for number, spec in enumerate(specs):
-            path = folder / f"{number}.json"
-            write_atomically(path, spec.model_dump_json().encode())
-            command = [sys.executable, "-m", "cloud_aggregator.emulation.worker", str(path)]
-            log_path = folder / f"{number}.log"
-            process = _start(command, environment, log_path)
-            self._workers.append(_Worker(command, environment, log_path, process))
-        for worker in self._workers:
-            watcher = threading.Thread(target=self._watch, args=(worker,), daemon=True)
-            watcher.start()
-            self._watchers.append(watcher)
+        self._workers = [
+            _Worker(number, folder / f"{number}.json", folder / f"{number}.log")
+            for number in range(len(specs))
+        ]
+        for worker, spec in zip(self._workers, specs, strict=True):
+            write_atomically(worker.spec, spec.model_dump_json().encode())
+            self._start(worker)
 
-    def _watch(self, worker: _Worker) -> None:
-        while True:
-            code = worker.process.wait()
-            with worker.lock:
-                if self._stopping.is_set() or code == 0:
-                    return
-                if code == InputError.exit_code:
-                    self._failed(InputError(_last_line(worker.log_path)))
-                    return
-                if worker.restarts >= _RESTARTS:
-                    self._failed(
-                        RunFailedError(
-                            f"a worker ended with {code}: {_last_line(worker.log_path)} "
-                            f"(log: {worker.log_path})"
-                        )
-                    )
-                    return
+    def _start(self, worker: _Worker) -> None:
+        self._nursery.start(
+            worker.number,
+            worker.spec,
+            worker.log,
+            self._environment,
+            lambda code: self._ended(worker, code),
+        )
+
+    def _ended(self, worker: _Worker, code: int | None) -> None:
+        with self._lock:
+            problem = None if self._stopping or code == 0 else self._problem(worker, code)
+            if problem is None and code and not self._stopping:
                 worker.restarts += 1
-                _let_go(worker.process)
                 log.warning("a worker ended with %d and is started again", code)
-                worker.process = _start(worker.command, worker.environment, worker.log_path)
+                self._start(worker)
+                return
+            worker.over.set()
+        if problem is not None:
+            self._failed(problem)
 
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the workers."""
-        return [w.process.pid for w in self._workers]
+    def _problem(self, worker: _Worker, code: int | None) -> Exception | None:
+        """Return why a worker that ended is not started again; nothing if it is."""
+        if code is None:
+            return RunFailedError(f"the process that starts workers: {self._nursery.last_words()}")
+        if code == InputError.exit_code:
+            return InputError(_last_line(worker.log))
+        if worker.restarts >= _RESTARTS:
+            return RunFailedError(
+                f"a worker ended with {code}: {_last_line(worker.log)} (log: {worker.log})"
+            )
+        return None
 
     def memory(self) -> int:
-        """Return the resident bytes of this process and its workers."""
+        """Return the bytes of this process, the nursery and the workers.
+
+        What several of them share counts once where the system tells it apart (Linux).
+        """
         total = 0
-        for pid in [psutil.Process().pid, *self.pids]:
+        for pid in [psutil.Process().pid, *self._nursery.pids]:
             try:
-                total += psutil.Process(pid).memory_info().rss
-            except psutil.NoSuchProcess:  # it ended, or is being started again
+                found = psutil.Process(pid).memory_full_info()
+            except psutil.Error:  # it ended, or is being started again
                 continue
+            total += getattr(found, "pss", found.rss)
         return total
 
     def close(self) -> None:
         """Ask every worker to leave, and see that it does."""
-        self._stopping.set()
-        for worker in self._workers:
-            with worker.lock:
-                worker.process.terminate()
-        for worker in self._workers:
-            try:
-                worker.process.wait(_LEAVE_SECONDS)
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-                worker.process.wait()
-            _let_go(worker.process)
-        for watcher in self._watchers:
-            watcher.join()
-
-
-def _start(
-    command: list[str], environment: dict[str, str], log_path: Path
-) -> subprocess.Popen[bytes]:
-    with log_path.open("ab") as log_file:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,  # closes with this process, and the worker leaves
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-
-
-def _let_go(process: subprocess.Popen[bytes]) -> None:
-    if process.stdin is not None:
-        process.stdin.close()
+        with self._lock:
+            self._stopping = True
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            for worker in self._workers:
+                if not worker.over.is_set():
+                    self._nursery.signal(worker.number, signum)
+            gone = [worker.over.wait(_LEAVE_SECONDS) for worker in self._workers]
+            if all(gone):
+                return
 
 
 def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines()
+    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
     return lines[-1] if lines else "it said nothing"

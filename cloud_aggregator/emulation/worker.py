@@ -1,7 +1,8 @@
 """One worker of an emulated fleet: a process that lends one base to its clients in turn.
 
-Started as ``python -m cloud_aggregator.emulation.worker SPEC.json``. It leaves when its clients are
-told that the run is over, on SIGTERM, and when its standard input closes (its parent is gone).
+A nursery forks it, or it is started as ``python -m cloud_aggregator.emulation.worker SPEC.json``.
+It leaves when its clients are told that the run is over, on SIGTERM, and when its standard input
+closes (its parent is gone).
 """
 
 from __future__ import annotations
@@ -29,7 +30,31 @@ from messaging.mqtt import MqttNetwork
 from messaging.shared import SharedNetwork
 from messaging.transport import Network
 from quantization.base_model import set_threads
-from quantization.identity import identify
+from quantization.frozen_gpt2 import FrozenBase
+from quantization.identity import BaseIdentity, identify
+
+
+class Stock:
+    """What the workers of a run only read: data, and a base for each precision. It is read once."""
+
+    def __init__(self) -> None:
+        self._data: tuple[list[Example], Preferences] | None = None
+        self._bases: dict[str, FrozenBase] = {}
+
+    def take(
+        self, spec: WorkerSpec
+    ) -> tuple[BaseIdentity, list[Example], Preferences, dict[str, FrozenBase]]:
+        """Return base, instruction data, preference data, and the base at the worker's precisions.
+
+        Raises:
+            InputError: If base or data are not what the run was planned on.
+        """
+        identity = identify(spec.model)
+        if self._data is None:
+            self._data = load_data(spec)
+        bases = load_bases(spec, identity, self._bases)
+        self._bases |= bases
+        return identity, *self._data, bases
 
 
 def load_data(spec: WorkerSpec) -> tuple[list[Example], Preferences]:
@@ -47,8 +72,10 @@ def load_data(spec: WorkerSpec) -> tuple[list[Example], Preferences]:
     return dataset.examples, preferences
 
 
-def make_host(spec: WorkerSpec, network: Network, keys: RunKeys | None = None) -> Host:
-    """Return a host of this worker's clients: data once, and a base for each precision.
+def make_host(
+    spec: WorkerSpec, network: Network, keys: RunKeys | None = None, stock: Stock | None = None
+) -> Host:
+    """Return a host of this worker's clients.
 
     They seal what they say where there are keys.
 
@@ -56,15 +83,8 @@ def make_host(spec: WorkerSpec, network: Network, keys: RunKeys | None = None) -
         InputError: If base or data are not what the run was planned on.
     """
     set_threads(spec.threads)
-    identity = identify(spec.model)
-    examples, preferences = load_data(spec)
-    bench = Bench(
-        spec,
-        identity,
-        bases=load_bases(spec, identity),
-        examples=examples,
-        preferences=preferences,
-    )
+    identity, examples, preferences, bases = (stock or Stock()).take(spec)
+    bench = Bench(spec, identity, bases=bases, examples=examples, preferences=preferences)
     interruption = Interruption()
     places = {
         c.device.id: RunFolder(Path(spec.run_folder)).client_path(c.device.id) for c in spec.clients
@@ -84,20 +104,26 @@ def make_host(spec: WorkerSpec, network: Network, keys: RunKeys | None = None) -
     )
 
 
-def main() -> int:
-    """Run the worker that the first argument's file describes; return the exit code."""
+def work(path: Path, stock: Stock | None = None) -> int:
+    """Run the worker that a file describes, and return its exit code.
+
+    Args:
+        path: Of a ``WorkerSpec``.
+        stock: What was read for it already.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    spec = WorkerSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
+    spec = WorkerSpec.model_validate_json(path.read_bytes())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which stops its workers
     try:
-        return _work(spec, os.environ[BROKER_VARIABLE])
+        return _host(spec, os.environ[BROKER_VARIABLE], stock)
     except InputError as err:
         sys.stderr.write(f"{err}\n")  # the last line of the log: the run says it again
         return err.exit_code
 
 
-def _work(spec: WorkerSpec, broker: str) -> int:
-    host = make_host(spec, MqttNetwork(broker), from_environment(spec.run, os.environ))
+def _host(spec: WorkerSpec, broker: str, stock: Stock | None) -> int:
+    keys = from_environment(spec.run, os.environ)
+    host = make_host(spec, MqttNetwork(broker), keys, stock)
     signal.signal(signal.SIGTERM, lambda _signal, _frame: host.stop())
     threading.Thread(target=_leave_with_parent, args=(host,), daemon=True).start()
     host.run()
@@ -113,4 +139,4 @@ def _leave_with_parent(host: Host) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(work(Path(sys.argv[1])))

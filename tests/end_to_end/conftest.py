@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from messaging.broker import embedded_broker, embedded_kind
@@ -22,6 +23,16 @@ SMALL = ["--clients", "3", "--rounds", "2", "--local-steps", "2", "--batch-size"
          "--max-length", "96"]  # fmt: skip
 
 _MACHINE = ("engine", "workers", "transport")
+
+
+def is_nursery(process: psutil.Process) -> bool:
+    """Return whether a process starts a run's workers."""
+    return "cloud_aggregator.emulation.nursery_process" in process.cmdline()
+
+
+def workers_of(run: psutil.Process) -> list[psutil.Process]:
+    """Return the workers of a run."""
+    return [worker for child in run.children() if is_nursery(child) for worker in child.children()]
 
 
 def environment() -> dict[str, str]:

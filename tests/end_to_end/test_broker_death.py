@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from messaging.broker import embedded_kind
-from tests.end_to_end.conftest import SMALL, await_line, pwff, read_run, start
+from tests.end_to_end.conftest import SMALL, await_line, is_nursery, pwff, read_run, start
 
 pytestmark = pytest.mark.broker
 
@@ -21,11 +21,7 @@ def test_a_broker_that_dies_is_noticed_and_the_run_goes_on_with_another(tmp_path
     out = tmp_path / "run"
     process = start("emulate", *SMALL, "--workers", "1", "--out", str(out))
     await_line(process, lambda line: line.startswith("round 1/2"))
-    guards = [
-        child
-        for child in psutil.Process(process.pid).children()
-        if "cloud_aggregator.emulation.worker" not in child.cmdline()
-    ]
+    guards = [child for child in psutil.Process(process.pid).children() if not is_nursery(child)]
     (broker,) = [child for guard in guards for child in guard.children()]
     os.kill(broker.pid, signal.SIGKILL)
     said, _ = process.communicate(timeout=120)  # of an hour that the devices would be waited for

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import signal
 from pathlib import Path
 
@@ -11,7 +10,15 @@ import psutil
 import pytest
 
 from messaging.broker import embedded_broker, find_mosquitto
-from tests.end_to_end.conftest import SMALL, await_line, comparable, pwff, read_run, start
+from tests.end_to_end.conftest import (
+    SMALL,
+    await_line,
+    comparable,
+    pwff,
+    read_run,
+    start,
+    workers_of,
+)
 
 pytestmark = pytest.mark.broker
 
@@ -69,15 +76,21 @@ def test_a_killed_worker_is_started_again_and_changes_no_bit(
     out = tmp_path / "run"
     process = start("emulate", *SMALL, "--workers", "2", "--out", str(out))
     await_line(process, lambda line: line.startswith("before:"))
-    workers = [
-        child
-        for child in psutil.Process(process.pid).children()
-        if "cloud_aggregator.emulation.worker" in child.cmdline()
-    ]
-    os.kill(workers[0].pid, signal.SIGKILL)
+    workers_of(psutil.Process(process.pid))[0].send_signal(signal.SIGKILL)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert comparable(out) == comparable(undisturbed)
+
+
+def test_workers_leave_when_their_run_is_killed(tmp_path: Path) -> None:
+    process = start("emulate", *SMALL, "--workers", "2", "--out", str(tmp_path / "run"))
+    await_line(process, lambda line: line.startswith("before:"))
+    run = psutil.Process(process.pid)
+    there = [*run.children(recursive=True)]
+    assert len(workers_of(run)) == 2
+    process.kill()
+    process.communicate(timeout=60)
+    assert not psutil.wait_procs(there, timeout=60)[1]
 
 
 def test_alone_on_each_device_nothing_is_uploaded(tmp_path: Path) -> None:

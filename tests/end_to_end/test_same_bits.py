@@ -15,7 +15,7 @@ import pytest
 
 from cloud_aggregator import Experiment, emulate
 from messaging.broker import embedded_kind
-from tests.end_to_end.conftest import comparable
+from tests.end_to_end.conftest import comparable, workers_of
 
 Listener = Callable[..., None]
 
@@ -43,12 +43,7 @@ def at_first_update(act: Callable[[], None]) -> Listener:
 
 def kill_a_worker() -> None:
     """Kill one of this process's workers, as the system does that is out of memory."""
-    workers = [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if "cloud_aggregator.emulation.worker" in child.cmdline()
-    ]
-    workers[-1].send_signal(signal.SIGKILL)
+    workers_of(psutil.Process())[-1].send_signal(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

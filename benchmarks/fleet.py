@@ -5,9 +5,10 @@
     python benchmarks/fleet.py --flower flower/bin/python
     python benchmarks/fleet.py --flower flower/bin/python --models gpt2-small --rounds 2
 
-Every engine trains the same modules on the same batches: the adapters after the first round agree
-within 1e-4, or the run fails. `emulate` is this project as a user runs it (a broker, two workers,
-and evaluations of held-out examples, which the others do not make). Flower runs twice: as its
+Every engine trains the same modules on the same batches, and after each round has every client
+measure the average on its held-out examples: the adapters after the first round agree within 1e-4,
+and the mean losses, or the run fails. `emulate` is this project as a user runs it (a broker and two
+workers; it measures before the first round as well). Flower runs twice: as its
 quickstart has it, with a padded step on transformers and peft and the model made in each call, and
 with this project's step and a model that stays in Ray's workers, so that the engine is measured
 apart from the step. The loop is transformers and peft on two threads. Every sample is a process of
@@ -106,8 +107,12 @@ def compare(model: str, job: Job, arguments: argparse.Namespace) -> None:
             print(f"{model}, repeat {repeat + 1}, {engine}: first round {sample.first:.1f} s, "
                   f"steady {sample.steady:.2f} s, {sample.memory / 1e6:,.0f} MB, "
                   f"adapters differ by at most {worst:.1e}", file=sys.stderr)  # fmt: skip
-            if not worst < TOLERANCE:
-                raise SystemExit(f"{engine} did other work: its adapters differ by {worst:.1e}")
+            apart = abs(sample.loss - found[arguments.engines[0]][0].loss)
+            if not (worst < TOLERANCE and apart < TOLERANCE):
+                raise SystemExit(
+                    f"{engine} did other work: its adapters differ by {worst:.1e}, its loss by "
+                    f"{apart:.1e}"
+                )
     print(
         f"\n{model}: {job.clients} clients, {job.steps} steps of batch {job.batch} a round, 36 LoRA"
         f" modules and 36 adapters each; median of {arguments.repeats} processes (least, most); "
@@ -131,13 +136,15 @@ def compare(model: str, job: Job, arguments: argparse.Namespace) -> None:
 
 
 class Sample:
-    """What one process gave: seconds, bytes, and the adapters after its first round."""
+    """What one process gave: seconds, bytes, and adapters and mean loss after its first round."""
 
-    def __init__(self, began: float, times: list[float], adapters: Any, memory: int) -> None:
+    def __init__(
+        self, began: float, times: list[float], *, adapters: Any, loss: float, memory: int
+    ) -> None:
         self.first = times[0] - began
         later = [b - a for a, b in itertools.pairwise(times)]
         self.steady = statistics.median(later)
-        self.adapters = adapters
+        self.adapters, self.loss = adapters, loss
         self.memory = memory
 
 
@@ -162,8 +169,9 @@ def measure(engine: str, job: Job, flower: str) -> Sample:
             peak = watch(process)
         if process.returncode:
             raise SystemExit(f"{engine} failed:\n{log.read_text()[-3000:]}")
-        times = json.loads((out / "times.json").read_text())
-        return Sample(began, times, load_file(out / "adapters.safetensors"), peak)
+        told = json.loads((out / "told.json").read_text())
+        adapters = load_file(out / "adapters.safetensors")
+        return Sample(began, told["times"], adapters=adapters, loss=told["loss"], memory=peak)
 
 
 def child(engine: str, job: Job, out: Path) -> None:
@@ -173,20 +181,20 @@ def child(engine: str, job: Job, out: Path) -> None:
     if engine == "emulate":
         from fleets.loops import run_emulation
 
-        times, adapters = run_emulation(job)
+        times, adapters, loss = run_emulation(job)
     elif engine.startswith("flower"):
         from fleets import flower
 
-        times, adapters = flower.run("padded" if "padded" in engine else "own", job)
+        times, adapters, loss = flower.run("padded" if "padded" in engine else "own", job)
     else:
         from fleets.loops import run_loop
 
-        times, adapters = run_loop("padded", job)
+        times, adapters, loss = run_loop("padded", job)
     out.mkdir()
     save_file(
         {n: np.ascontiguousarray(t) for n, t in adapters.items()}, out / "adapters.safetensors"
     )
-    (out / "times.json").write_text(json.dumps(times))
+    (out / "told.json").write_text(json.dumps({"times": times, "loss": loss}))
 
 
 def versions(flower: str) -> str:

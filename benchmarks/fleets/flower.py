@@ -52,7 +52,7 @@ def train(message: Message, context: Context) -> Message:
     torch.set_num_threads(1)
     kind, job = _job()
     work, state = prepared(job), context.state
-    make, steps = STEPS[kind]
+    make, steps, _ = STEPS[kind]
     model = keeps_model(kind, job) if kind == "own" else make(work)
     client = int(context.node_config["partition-id"])
     own = work.own()
@@ -71,29 +71,56 @@ def train(message: Message, context: Context) -> Message:
     return Message(content=answer, reply_to=message)
 
 
+@app.evaluate()
+def measure(message: Message, context: Context) -> Message:
+    """Measure a round's average with what is the client's own, on its held-out examples."""
+    torch.set_num_threads(1)
+    kind, job = _job()
+    work = prepared(job)
+    make, _, measured = STEPS[kind]
+    model = keeps_model(kind, job) if kind == "own" else make(work)
+    client = int(context.node_config["partition-id"])
+    own = Own(_tensors(context.state["lora"]))
+    adapters = _tensors(message.content["arrays"])
+    loss = measured(work, model, Turn(client, 0, adapters, own))
+    return Message(
+        content=RecordDict({"metrics": MetricRecord({"loss": loss, "num-examples": 1})}),
+        reply_to=message,
+    )
+
+
 class Noting(FedAvg):
-    """FedAvg that notes when each round's average was there, and keeps the first."""
+    """FedAvg that notes when each round was measured, and keeps the first round's average."""
 
     times: list[float]
     first: Tensors | None = None
+    loss = 0.0
 
     def aggregate_train(self, server_round: int, replies: Any) -> Any:
-        """Average, and note the time."""
+        """Average, and keep the first."""
         found = super().aggregate_train(server_round, replies)
         if found[0] is None:
             raise SystemExit(f"no client answered in round {server_round}")
-        self.times.append(time.time())
         if self.first is None:
             self.first = _tensors(found[0])
         return found
 
+    def aggregate_evaluate(self, server_round: int, replies: Any) -> Any:
+        """Take the mean of the losses, and note the time."""
+        found: Any = super().aggregate_evaluate(server_round, replies)
+        if not self.times:
+            self.loss = float(found["loss"])
+        self.times.append(time.time())
+        return found
 
-def run(kind: str, job: Job) -> tuple[list[float], Tensors]:
-    """Return when each round ended, and the adapters after the first."""
+
+def run(kind: str, job: Job) -> tuple[list[float], Tensors, float]:
+    """Return when each round ended, and adapters and mean loss after the first."""
     os.environ[VARIABLE] = json.dumps({"kind": kind, **job.__dict__})
     strategy = Noting(
         fraction_train=1.0,
-        fraction_evaluate=0.0,
+        fraction_evaluate=1.0,
+        min_evaluate_nodes=job.clients,
         min_train_nodes=job.clients,
         min_available_nodes=job.clients,
     )
@@ -112,4 +139,4 @@ def run(kind: str, job: Job) -> tuple[list[float], Tensors]:
         backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
     )
     assert strategy.first is not None
-    return strategy.times, strategy.first
+    return strategy.times, strategy.first, strategy.loss

@@ -24,18 +24,19 @@ from fleets.work import (
 from messaging.layout import Tensors
 
 
-def run_loop(kind: str, job: Job) -> tuple[list[float], Tensors]:
+def run_loop(kind: str, job: Job) -> tuple[list[float], Tensors, float]:
     """One process, one model, one client after another."""
     import torch
 
     torch.set_num_threads(2)
     work = prepared(job)
-    make, steps = STEPS[kind]
+    make, steps, measure = STEPS[kind]
     model, adapters = make(work), work.adapters()
     owns = [work.own() for _ in range(job.clients)]
     examples = [len(work.examples(client)) for client in range(job.clients)]
     times: list[float] = []
     first: Tensors = {}
+    loss = 0.0
     for number in range(1, job.rounds + 1):
         totals = {n: np.zeros(t.shape) for n, t in adapters.items()}
         for client in range(job.clients):
@@ -43,13 +44,18 @@ def run_loop(kind: str, job: Job) -> tuple[list[float], Tensors]:
             for name, tensor in after.items():
                 totals[name] += examples[client] / sum(examples) * tensor
         adapters = {n: t.astype(np.float32) for n, t in totals.items()}
-        first = first or adapters
+        losses = [
+            measure(work, model, Turn(client, number, adapters, owns[client]))
+            for client in range(job.clients)
+        ]
+        if not first:
+            first, loss = adapters, float(np.mean(losses))
         times.append(time.time())
-    return times, first
+    return times, first, loss
 
 
-def run_emulation(job: Job) -> tuple[list[float], Tensors]:
-    """This project over MQTT, as ``pwff emulate`` runs it, its evaluations included."""
+def run_emulation(job: Job) -> tuple[list[float], Tensors, float]:
+    """This project over MQTT, as ``pwff emulate`` runs it; it measures at the beginning too."""
     from safetensors.numpy import load_file
 
     from cloud_aggregator.emulation.emulate import emulate
@@ -81,5 +87,6 @@ def run_emulation(job: Job) -> tuple[list[float], Tensors]:
     )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        emulate(experiment, out, notify=notify)
-        return times, load_file(out / "global" / "1" / "shared.safetensors")
+        record = emulate(experiment, out, notify=notify)
+        loss = float(np.mean([c.eval_loss or 0.0 for c in record.rounds[0].clients]))
+        return times, load_file(out / "global" / "1" / "shared.safetensors"), loss

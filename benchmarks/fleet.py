@@ -35,9 +35,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from fleets.job import Job
 from fleets.machine import cpu, ours, watch
 from fleets.rows import write_rows
-from fleets.work import Job
 
 ENGINES = ("emulate", "flower, padded step", "flower, this project's step", "loop, padded step")
 ROWS = 1_000  # of all clients; one in fifty is held out

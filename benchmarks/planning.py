@@ -1,15 +1,17 @@
 """What the planner predicts against what this machine measures: memory and time of training.
 
-    python benchmarks/planning.py                   # both shapes; about 20 minutes on a quiet core
+    python benchmarks/planning.py                   # both shapes; about 25 minutes on a quiet core
     python benchmarks/planning.py --shapes mini --memory
 
 Each line of cases varies one thing at 12, 24 and 36 LoRA modules (placement `wide`, rank in
 proportion to the width). Memory: a fresh process a case, the high-water mark of its resident memory
 during two optimiser steps that go on from a state; once with an allocator that gives freed blocks
 back at once, which is what the tensors take, and once as it is. Time: user time of a step on one
-thread, the least of interleaved repeats: other work on the machine adds to the time that passes,
-and less to this. Prints Markdown: every total, every increment, and how many are within the bounds
-of 25 % and 35 %. The weights of the larger shape are random: they cost what trained ones cost.
+thread, in one process that goes through all cases several times and beside each step times a
+product of fixed size, by which the step's time is divided: a machine whose clock drifts by a tenth
+within minutes would else say more of itself than of twelve modules. What counts is the median of
+the rounds. Prints Markdown: every total, every increment, and how many are within the bounds of
+25 % and 35 %. The weights of the larger shape are random: they cost what trained ones cost.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from device_profiles.step_memory import RUNTIME_BYTES, in_process, training_memory
@@ -44,7 +47,7 @@ class Case:
     """LoRA modules, examples, tokens of each, precision, and whether blocks go twice."""
 
     count: int = 24
-    batch: int = 4
+    batch: int = 2
     tokens: int = 128
     precision: str = "fp32"
     checkpoint: bool = False
@@ -60,7 +63,7 @@ class Case:
 
 CENTRE = Case()
 LINES: dict[str, list[Case]] = {
-    "batch": [replace(CENTRE, batch=n) for n in (1, 4, 8)],
+    "batch": [replace(CENTRE, batch=n) for n in (1, 2, 4)],
     "length": [replace(CENTRE, tokens=n) for n in (64, 128, 256)],
     "precision": [replace(CENTRE, precision=p) for p in ("fp32", "int8", "nf4")],
     "checkpoint": [replace(CENTRE, checkpoint=c) for c in (False, True)],
@@ -179,22 +182,43 @@ def memory_of(checkpoint: str, case: Case, holes: bool) -> dict[str, Any]:
     return {"bytes": status("VmHWM"), "runtime": runtime, "shape": asdict(shape_of(base))}
 
 
-def child_time(checkpoint: str, case: Case, repeats: int) -> dict[str, Any]:
-    """Return the least user time of a step for every count, in turns."""
+def child_time(checkpoint: str, cases: list[Case], repeats: int) -> dict[str, Any]:
+    """Return the user seconds of a step, case by case, in each round; and the yardstick's."""
     from edge_client.state import ClientState
 
-    base = prepare(checkpoint, case.precision)
-    model = model_of(base, shape_of(base), max(COUNTS))
-    state = ClientState(round=0, personal={})
-    best = dict.fromkeys(COUNTS, float("inf"))
-    for i in range(repeats + 1):
-        for count in COUNTS:
-            model.activate(count)
-            began = user_seconds()
+    models = {}
+    for precision in dict.fromkeys(case.precision for case in cases):
+        base = prepare(checkpoint, precision)
+        models[precision] = model_of(base, shape_of(base), max(COUNTS))
+    state, yard = ClientState(round=0, personal={}), yardstick()
+    rounds: list[list[tuple[float, float]]] = []
+    for number in range(repeats + 1):
+        rounds.append([])
+        for case in cases:
+            model = models[case.precision]
+            model.activate(case.count)
+            before, began = yard(), user_seconds()
             steps(model, state, case, 1)
-            if i:  # the first warms up
-                best[count] = min(best[count], user_seconds() - began)
-    return {"seconds": [best[n] for n in COUNTS], "shape": asdict(shape_of(base))}
+            rounds[-1].append((user_seconds() - began, (before + yard()) / 2))
+        took = sum(seconds for seconds, _ in rounds[-1])
+        print(f"round {number} of {repeats}: {took:.1f} s", file=sys.stderr, flush=True)
+    return {"rounds": rounds[1:], "shape": asdict(shape_of(base))}  # the first warms up
+
+
+def yardstick() -> Callable[[], float]:
+    """Return what tells the user seconds of a product of fixed size, about 0.1 s."""
+    import torch
+
+    a, b = torch.ones(1024, 768), torch.ones(768, 2304)
+    out = torch.empty(1024, 2304)
+
+    def measure() -> float:
+        began = user_seconds()
+        for _ in range(3):
+            torch.mm(a, b, out=out)
+        return user_seconds() - began
+
+    return measure
 
 
 def child_machine() -> dict[str, Any]:
@@ -254,9 +278,9 @@ def compare(
     """Print totals and increments, each with predicted over measured."""
     print(f"\n### {what}: totals\n\n| case | measured | predicted | ratio |\n|---|---|---|---|")
     ratios = []
-    for case, real in measured.items():
-        ratios.append(predicted[case] / real)
-        print(f"| {case} | {real / unit:.3f} | {predicted[case] / unit:.3f} | {ratios[-1]:.2f} |")
+    for case, found in measured.items():
+        ratios.append(predicted[case] / found)
+        print(f"| {case} | {found / unit:.3f} | {predicted[case] / unit:.3f} | {ratios[-1]:.2f} |")
     within(f"{what}, totals", ratios, TOTAL)
     print(f"\n### {what}: increments\n\n| over | from | to | measured | predicted | ratio |")
     print("|---|---|---|---|---|---|")
@@ -309,21 +333,26 @@ def measure_memory(name: str, checkpoint: str) -> None:
 
 
 def measure_time(name: str, checkpoint: str, machine: Machine, repeats: int) -> None:
-    measured, predicted = {}, {}
-    for place in PLACES:
-        found = child("time", checkpoint=checkpoint, case=asdict(place), repeats=repeats)
-        for count, seconds in zip(COUNTS, found["seconds"], strict=True):
-            case = replace(place, count=count)
-            measured[case] = seconds
-            predicted[case] = step_seconds(
-                as_shape(found["shape"]),
-                count,
-                case.pass_,
-                machine,
-                precision=case.precision,
-                checkpoint=case.checkpoint,
-            ).total
-        print(f"{name} {place}: {found['seconds']} s", file=sys.stderr)
+    wanted = cases()
+    found = child(
+        "time", checkpoint=checkpoint, cases=[asdict(case) for case in wanted], repeats=repeats
+    )
+    usual = median(yard for row in found["rounds"] for _, yard in row)
+    measured = {
+        case: median(row[i][0] * usual / row[i][1] for row in found["rounds"])
+        for i, case in enumerate(wanted)
+    }
+    predicted = {
+        case: step_seconds(
+            as_shape(found["shape"]),
+            case.count,
+            case.pass_,
+            machine,
+            precision=case.precision,
+            checkpoint=case.checkpoint,
+        ).total
+        for case in wanted
+    }
     compare(f"{name}, time (s)", 1.0, measured, predicted)
 
 
@@ -333,15 +362,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["gpt2-small", "mini"])
     parser.add_argument("--memory", action="store_true", help="memory alone")
     parser.add_argument("--time", action="store_true", help="time alone")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         given = json.loads(arguments.child)
         work = {"memory": child_memory, "time": child_time, "machine": child_machine}
         function: Any = work[given.pop("work")]
-        if "case" in given:
-            given["case"] = Case(**given["case"])
         if "cases" in given:
             given["cases"] = [Case(**case) for case in given["cases"]]
         print(json.dumps(function(**given)))

@@ -2,6 +2,7 @@
 
     python benchmarks/thousand.py
     python benchmarks/thousand.py --clients 10 100 1000 --transports mqtt --cohort 100
+    python benchmarks/thousand.py --interrupt --clients 1000
 
 A turn is one client's part of one round: a local step where it is asked, and an evaluation. Every
 fleet does the same work a turn (same model, batch, rows a client, one kind of device), and the
@@ -9,11 +10,16 @@ small ones do more rounds, so that each line has about as many turns. Time a tur
 rounds, start-up apart: on the wall, and of the processors, which another load of the machine moves
 less. Memory is the largest sum of proportional set sizes of the process tree
 (aggregator, broker, workers), sampled. Every sample is a process of its own.
+
+With ``--interrupt`` each fleet does two rounds twice: undisturbed, and stopped in the middle of the
+second one's updates, then resumed by another process; the global states are compared bit by bit.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -42,6 +48,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=1000, help="of each line, about")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--cohort", type=int, help="train in a round (all)")
+    parser.add_argument("--interrupt", action="store_true", help="and resume; compare the bits")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -49,6 +56,11 @@ def main() -> None:
         child(json.loads(experiment), Path(out))
         return
     print(f"{cpu()}, {os.cpu_count()} cores; {ours()}.\n")
+    if arguments.interrupt:
+        for transport in arguments.transports:
+            for clients in arguments.clients:
+                interrupt(transport, clients, arguments)
+        return
     print("| transport | clients | rounds | start-up, s | a turn, ms | of the first | "
           "a turn, CPU ms | of the first | MB | of the first |")  # fmt: skip
     print("|" + "---|" * 10)
@@ -66,34 +78,37 @@ def main() -> None:
             )
 
 
+def interrupt(transport: str, clients: int, arguments: argparse.Namespace) -> None:
+    """Run a fleet undisturbed, and stopped and resumed; compare what it came to."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        experiment = experiment_of(folder, transport, clients, 2, arguments)
+        half = clients + clients // 2
+        run(folder / "whole", experiment)
+        run(folder / "broken", experiment | {"stop_after_updates": half})
+        broken = json.loads((folder / "broken" / "run.json").read_text())
+        assert (broken["status"], len(broken["rounds"])) == ("stopped", 1), "it was not broken off"
+        run(folder / "broken", experiment | {"resume": True})
+        states = [
+            hashlib.sha256((folder / run / "global/2/shared.safetensors").read_bytes()).hexdigest()
+            for run in ("whole", "broken")
+        ]
+        assert states[0] == states[1], f"{clients} clients over {transport}: other bits"
+        print(
+            f"{clients} clients over {transport}: stopped after {half} of {2 * clients} updates "
+            f"and resumed, the same bits: {states[0][:16]}",
+            flush=True,
+        )
+
+
 def measure(transport: str, clients: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Run one fleet; return seconds and bytes."""
     rounds = max(1, round(arguments.turns / clients))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        experiment = {
-            "clients": clients,
-            "rounds": rounds,
-            "local_steps": arguments.steps,
-            "batch_size": 2,
-            "max_length": 64,
-            "fleet": one_kind(folder),
-            "data": write_rows(folder, ROWS * clients),
-            "partition": "iid",
-            "transport": transport,
-        }
-        if arguments.cohort and arguments.cohort < clients:
-            experiment["cohort"] = arguments.cohort
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--child", json.dumps(experiment), str(folder / "run")]
+        experiment = experiment_of(folder, transport, clients, rounds, arguments)
         began = time.time()
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
-            peak = watch(process)
-        if process.returncode:
-            raise SystemExit(f"{clients} clients failed:\n{(folder / 'log').read_text()[-3000:]}")
+        peak = run(folder / "run", experiment)
         times, seconds = json.loads((folder / "run" / "times.json").read_text())
         turns = clients * (len(times) - 1)
         return {
@@ -105,6 +120,39 @@ def measure(transport: str, clients: int, arguments: argparse.Namespace) -> dict
         }
 
 
+def experiment_of(
+    folder: Path, transport: str, clients: int, rounds: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Return a fleet's experiment; its data and devices are written to ``folder``."""
+    experiment = {
+        "clients": clients,
+        "rounds": rounds,
+        "local_steps": arguments.steps,
+        "batch_size": 2,
+        "max_length": 64,
+        "fleet": one_kind(folder),
+        "data": write_rows(folder, ROWS * clients),
+        "partition": "iid",
+        "transport": transport,
+    }
+    if arguments.cohort and arguments.cohort < clients:
+        experiment["cohort"] = arguments.cohort
+    return experiment
+
+
+def run(out: Path, experiment: dict[str, Any]) -> int:
+    """Run a fleet in a process of its own; return the bytes it took at most."""
+    command = [sys.executable, __file__, "--child", json.dumps(experiment), str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        peak = watch(process)
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"{out.name} failed:\n{log.read().decode()[-3000:]}")
+    return peak
+
+
 def one_kind(folder: Path) -> str:
     """Write a fleet of one kind of device, so that every client trains as many modules."""
     path = folder / "fleet.toml"
@@ -114,22 +162,32 @@ def one_kind(folder: Path) -> str:
 
 
 def child(experiment: dict[str, Any], out: Path) -> None:
-    """Run one fleet in this process, and leave when its rounds ended in ``out``."""
+    """Run one fleet in this process, and leave when its rounds ended in ``out``.
+
+    ``stop_after_updates`` and ``resume`` among the keys are for the run, not of the experiment.
+    """
     from cloud_aggregator.emulation.emulate import emulate
     from cloud_aggregator.experiment import Experiment
+    from cloud_aggregator.server import Aggregator
 
     times: list[float] = []
     seconds: list[float] = []
+    servers: list[Aggregator] = []
+    most, resume = experiment.pop("stop_after_updates", None), experiment.pop("resume", False)
+    updates = itertools.count(1)
 
     def notify(event: str, **_fields: Any) -> None:
+        if event == "update" and next(updates) == most:
+            servers[0].stop()
         if event in {"before", "round"}:
             times.append(time.time())
             tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
             seconds.append(sum(sum(one.cpu_times()[:2]) for one in tree))
 
-    emulate(Experiment(**experiment), out, notify=notify)
+    emulate(Experiment(**experiment), out, resume=resume, notify=notify, on_start=servers.append)
     (out / "times.json").write_text(json.dumps([times, seconds]))
-    shutil.rmtree(out / "clients")
+    if most is None:
+        shutil.rmtree(out / "clients")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
-from fleets.work import STEPS, Job, Own, Turn, prepared
+from fleets.job import Job
+from fleets.work import STEPS, Own, Turn, prepared
 from messaging.layout import Tensors
 
 VARIABLE = "PWFF_FLEET_JOB"  # Ray's workers inherit it

@@ -9,17 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from fleets.work import (
+from fleets.job import (
     ADAPTER_SIZE,
     HELD_OUT_SHARE,
     LEARNING_RATE,
     LORA_COUNT,
     MAX_LENGTH,
     PLACEMENT,
-    STEPS,
     Job,
-    Turn,
-    prepared,
 )
 from messaging.layout import Tensors
 
@@ -27,6 +24,8 @@ from messaging.layout import Tensors
 def run_loop(kind: str, job: Job) -> tuple[list[float], Tensors, float]:
     """One process, one model, one client after another."""
     import torch
+
+    from fleets.work import STEPS, Turn, prepared
 
     torch.set_num_threads(2)
     work = prepared(job)

@@ -16,6 +16,7 @@ def write_rows(folder: Path, count: int) -> str:
         for number in range(count):
             row = kit[number % len(kit)]
             line = {"instruction": row.instruction, "input": row.input, "output": row.output}
+            line["category"] = row.category or ""  # with one on each row, nothing is clustered
             if number >= len(kit):  # no two rows are alike
                 line["instruction"] += f" ({number})"
             file.write(json.dumps(line) + "\n")

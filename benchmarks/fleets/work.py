@@ -24,24 +24,17 @@ from edge_client.data.instructions import load_instructions
 from edge_client.data.partition import partition
 from edge_client.data.prompts import Encoded, encode_example
 from edge_client.state import ClientState
+from fleets.job import (
+    ADAPTER_SIZE,
+    HELD_OUT_SHARE,
+    LEARNING_RATE,
+    LORA_COUNT,
+    MAX_LENGTH,
+    PLACEMENT,
+    Job,
+)
 from messaging.layout import Tensors
 from quantization.identity import identify
-
-ADAPTER_SIZE, LORA_COUNT, PLACEMENT, LEARNING_RATE, MAX_LENGTH = 10, 36, "qkv", 1e-3, 256
-HELD_OUT_SHARE = 0.02
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is asked of each engine; every part of it reaches a child as JSON."""
-
-    model: str
-    clients: int
-    rounds: int
-    steps: int
-    batch: int
-    data: str
-    seed: int = 0
 
 
 @dataclass

@@ -43,6 +43,7 @@ from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.shelf import Shelf
 from cloud_aggregator.spool import Spool
+from cloud_aggregator.store import Store
 from messaging import topics
 from messaging.broker import HOST, embedded_broker, find_mosquitto, free_port, is_installed
 from messaging.chunks import CHUNK_BYTES, chunk_count, make_chunk, parse_chunk
@@ -107,6 +108,7 @@ def aggregate(url: str, folder: str, clients: int, talk: Any) -> None:
     """Take every client's update, and say how long it took and what it held."""
     transport, inbox = connect(url, "aggregator", topics.everything_up(RUN))
     told: list[str] = []
+    store = Store(Path(folder), RUN)
     intake = Intake(
         1,
         {client_name(i): Client(examples=1, layout=LAYOUT) for i in range(clients)},
@@ -115,7 +117,7 @@ def aggregate(url: str, folder: str, clients: int, talk: Any) -> None:
             virtual_time=False,
             round_rules=RoundRules(quorum=1.0, deadline_seconds=1e6),
         ),
-        Spool(Path(folder)),
+        Spool(Path(folder) / "1", store.ledger(1)),
         began=time.monotonic(),
         send=lambda client, m: transport.publish(topics.down(RUN, client), encode(m)),
         notify=lambda event, **_: told.append(event) if event == "refused" else None,

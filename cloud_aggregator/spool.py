@@ -16,11 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from cloud_aggregator.run_folder import write_atomically
 from messaging.codecs import BlobHeader, decode_blob
-from messaging.errors import ProtocolError
 from messaging.layout import Layout, Vector
-from messaging.protocol import Offer, decode, encode
+from messaging.protocol import Offer
 
 
 class SpoolFullError(Exception):
@@ -47,12 +45,11 @@ class Spool:
 
     Args:
         folder: Of this round; made where it is missing.
-        ledger: Of this round; by default a file beside each update, in client order.
+        ledger: Of this round.
     """
 
-    def __init__(self, folder: Path, ledger: Ledger | None = None) -> None:
-        self._folder = folder
-        self._ledger: Ledger = _Notes(folder) if ledger is None else ledger
+    def __init__(self, folder: Path, ledger: Ledger) -> None:
+        self._folder, self._ledger = folder, ledger
         with full_is_told(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -97,29 +94,6 @@ class Spool:
         """Remove the round's updates."""
         self._ledger.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-class _Notes:
-    """A ledger of one small file an update."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def keep(self, offer: Offer) -> None:
-        write_atomically(self._folder / f"{offer.client}.json", encode(offer))
-
-    def kept(self) -> list[Offer]:
-        offers = []
-        for path in sorted(self._folder.glob("*.json")):
-            with contextlib.suppress(OSError, ProtocolError):
-                message = decode(path.read_bytes())
-                if isinstance(message, Offer):
-                    offers.append(message)
-        return offers
-
-    def clear(self) -> None:
-        for path in self._folder.glob("*.json"):
-            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

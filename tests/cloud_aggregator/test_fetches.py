@@ -21,7 +21,6 @@ from cloud_aggregator.intake import Client, Intake, IntakeRules
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.shelf import Shelf
-from cloud_aggregator.spool import Spool
 from device_profiles.modules import initial_adapters
 from messaging import topics
 from messaging.chunks import MAGIC, parse_chunk
@@ -47,6 +46,7 @@ from tests.cloud_aggregator.conftest import (
     pieces,
     settings_of,
 )
+from tests.cloud_aggregator.notes import a_spool
 
 BLOB = blob_of("a", 4.0)
 NAME = hashlib.sha256(BLOB).hexdigest()
@@ -86,7 +86,7 @@ class Counter:
                 virtual_time=False,
                 round_rules=RoundRules(quorum=1.0, deadline_seconds=50.0),
             ),
-            Spool(self.folder / "1"),
+            a_spool(self.folder / "1"),
             began=0.0,
             send=lambda _client, message: self.sent.append(message),
             notify=self.events,

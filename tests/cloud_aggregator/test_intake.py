@@ -21,7 +21,7 @@ import pytest
 from cloud_aggregator.intake import Client, Intake, IntakeRules
 from cloud_aggregator.methods import METHODS, ModuleShape, own_layout, stage_layout
 from cloud_aggregator.rounds import RoundRules
-from cloud_aggregator.spool import Spool, SpoolFullError
+from cloud_aggregator.spool import SpoolFullError
 from device_profiles.modules import BaseShape
 from messaging.chunks import Missing, parse_chunk
 from messaging.codecs import encode_blob
@@ -41,6 +41,7 @@ from tests.cloud_aggregator.conftest import (
     offer_of,
     pieces,
 )
+from tests.cloud_aggregator.notes import a_spool
 
 BEGAN = 100.0
 WEIGHTS = {"a": 1, "b": 2, "c": 3}
@@ -70,7 +71,7 @@ class Desk:
         }
         self.sent: list[tuple[str, Message]] = []
         self.told: list[tuple[str, dict[str, Any]]] = []
-        self.spool = Spool(folder)
+        self.spool = a_spool(folder)
         self.intake = Intake(
             1,
             clients,

@@ -9,10 +9,10 @@ import pytest
 
 from cloud_aggregator.aggregation import aggregate
 from cloud_aggregator.aggregation.robust import RobustSettings
-from cloud_aggregator.spool import Spool
 from messaging.codecs import BlobHeader, encode_blob
 from messaging.layout import Layout, TensorSpec
 from tests.cloud_aggregator.conftest import RUN, constant, offer_of
+from tests.cloud_aggregator.notes import a_spool
 
 ENTRIES = 50_000
 LAYOUT = Layout((TensorSpec(name="w", shape=(ENTRIES,)),))
@@ -20,7 +20,7 @@ LAYOUT = Layout((TensorSpec(name="w", shape=(ENTRIES,)),))
 
 def peak_bytes(folder: Path, clients: int, rule: str, robust: RobustSettings) -> int:
     """Return what aggregating so many updates of a spool takes at most."""
-    spool = Spool(folder)
+    spool = a_spool(folder)
     names = [f"c{i:03}" for i in range(clients)]
     for name in names:
         head = BlobHeader(

@@ -15,6 +15,7 @@ from cloud_aggregator.spool import Spool, SpoolFullError
 from messaging.errors import ProtocolError
 from messaging.protocol import Offer
 from tests.cloud_aggregator.conftest import LAYOUT, blob_of, constant, offer_of
+from tests.cloud_aggregator.notes import a_spool
 
 Usage = namedtuple("Usage", "total used free")  # what shutil.disk_usage returns
 
@@ -33,7 +34,7 @@ def test_pieces_written_in_any_order_make_the_blob(
     starts = list(range(0, len(blob), size))
     order = data.draw(st.permutations(starts))
     again = data.draw(st.lists(st.sampled_from(starts), max_size=3))
-    spool = Spool(tmp_path_factory.mktemp("spool"))
+    spool = a_spool(tmp_path_factory.mktemp("spool"))
     partial = partial_of(spool, offer_of("a", blob))
     for start in [*order, *again]:
         partial.write(start, blob[start : start + size])
@@ -52,7 +53,7 @@ def keep(spool: Spool, client: str, value: float, **changes: int) -> bytes:
 
 
 def test_an_update_appears_under_its_name_only_once_it_is_kept(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "1")
+    spool = a_spool(tmp_path / "1")
     blob = blob_of("a", 2.0)
     offer = offer_of("a", blob)
     partial = partial_of(spool, offer)
@@ -65,7 +66,7 @@ def test_an_update_appears_under_its_name_only_once_it_is_kept(tmp_path: Path) -
 
 
 def test_kept_updates_are_read_in_the_order_asked_for(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "1")
+    spool = a_spool(tmp_path / "1")
     for client, value in (("c", 3.0), ("a", 1.0), ("b", 2.0)):
         keep(spool, client, value, examples=int(value))
     read = [spool.update(client, LAYOUT) for client in ("a", "c")]
@@ -74,7 +75,7 @@ def test_kept_updates_are_read_in_the_order_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_partial_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "1")
+    spool = a_spool(tmp_path / "1")
     partial = partial_of(spool, offer_of("a", b"blob"))
     partial.write(0, b"bl")
     partial.discard()
@@ -82,7 +83,7 @@ def test_a_partial_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_blob_that_is_refused_once_it_is_whole_leaves_nothing(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "1")
+    spool = a_spool(tmp_path / "1")
     partial = partial_of(spool, offer_of("a", b"blob"))
     partial.write(0, b"blob")
     assert partial.finish() == b"blob"
@@ -91,12 +92,12 @@ def test_a_blob_that_is_refused_once_it_is_whole_leaves_nothing(tmp_path: Path) 
 
 
 def test_a_later_process_finds_what_was_kept_with_its_offer(tmp_path: Path) -> None:
-    first = Spool(tmp_path / "1")
+    first = a_spool(tmp_path / "1")
     blobs = {client: keep(first, client, 1.0) for client in ("b", "a")}
     half = partial_of(first, offer_of("c", b"blob"))
     half.write(0, b"bl")
     half.finish()
-    found = list(Spool(tmp_path / "1").kept())
+    found = list(a_spool(tmp_path / "1").kept())
     assert [(offer.client, blob) for offer, blob in found] == [
         ("a", blobs["a"]),
         ("b", blobs["b"]),
@@ -106,7 +107,7 @@ def test_a_later_process_finds_what_was_kept_with_its_offer(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("damage", ["update", "offer", "other", "no update", "no offer"])
 def test_a_kept_update_that_is_damaged_is_passed_over(damage: str, tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "1")
+    spool = a_spool(tmp_path / "1")
     keep(spool, "a", 1.0)
     whole = keep(spool, "b", 1.0)
     update, offer = spool.path("a"), tmp_path / "1" / "a.json"
@@ -122,7 +123,7 @@ def test_a_kept_update_that_is_damaged_is_passed_over(damage: str, tmp_path: Pat
 
 
 def test_an_update_damaged_on_disk_is_not_averaged(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "1")
+    spool = a_spool(tmp_path / "1")
     keep(spool, "a", 1.0)
     spool.path("a").write_bytes(spool.path("a").read_bytes()[:-4])
     with pytest.raises(ProtocolError):
@@ -130,7 +131,7 @@ def test_an_update_damaged_on_disk_is_not_averaged(tmp_path: Path) -> None:
 
 
 def test_cleared_the_round_is_gone_and_clearing_twice_is_no_error(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "1")
+    spool = a_spool(tmp_path / "1")
     keep(spool, "a", 1.0)
     spool.clear()
     spool.clear()
@@ -141,7 +142,7 @@ def test_cleared_the_round_is_gone_and_clearing_twice_is_no_error(tmp_path: Path
 def test_a_full_disk_is_told_with_folder_and_remedy(tmp_path: Path) -> None:
     """The write itself fails with ENOSPC: the partial file is the device that is always full."""
     folder = tmp_path / "1"
-    spool = Spool(folder)
+    spool = a_spool(folder)
     (folder / "a.part").symlink_to("/dev/full")
     partial = partial_of(spool, offer_of("a", b"blob"))
     with pytest.raises(SpoolFullError, match=r"is full \(No space left.*resume the run") as told:
@@ -154,7 +155,7 @@ def test_a_full_disk_is_told_with_folder_and_remedy(tmp_path: Path) -> None:
 def test_a_disk_without_room_for_an_offer_is_told_before_a_byte_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spool = Spool(tmp_path / "1")
+    spool = a_spool(tmp_path / "1")
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(100, 97, 3))
     with pytest.raises(SpoolFullError, match="3 bytes free, 4 needed"):
         partial_of(spool, offer_of("a", b"blob"))

@@ -17,7 +17,6 @@ from cloud_aggregator.intake import Client, Intake, IntakeRules
 from cloud_aggregator.records import Observed
 from cloud_aggregator.round_record import round_record
 from cloud_aggregator.rounds import RoundRules
-from cloud_aggregator.spool import Spool
 from cloud_aggregator.stale import StaleUpdates
 from device_profiles.errors import InputError
 from messaging.chunks import parse_chunk
@@ -33,6 +32,7 @@ from tests.cloud_aggregator.conftest import (
     offer_of,
     pieces,
 )
+from tests.cloud_aggregator.notes import a_spool
 
 WEIGHTS = {"a": 1, "b": 2, "c": 3}
 
@@ -62,7 +62,7 @@ class Buffered:
                 virtual_time=self.virtual_time,
                 round_rules=RoundRules(quorum=0.6, deadline_seconds=deadline),
             ),
-            Spool(self.folder / str(number)),
+            a_spool(self.folder / str(number)),
             began=100.0 * number,
             send=self.sent.__setitem__,
             notify=lambda event, **fields: self.told.append((event, fields)),

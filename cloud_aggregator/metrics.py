@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import (
@@ -22,6 +23,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from cloud_aggregator.broker_log import REASONS, BrokerLog
 from messaging.chunks import MAGIC
 from messaging.transport import (
     Connected,
@@ -91,6 +93,10 @@ class Metrics:
             buckets=_UPLOAD_SECONDS,
         )
         self._rejects = counter("pwff_rejects", "What was refused.", ["code"])
+        self._turned_away = counter(
+            "pwff_broker_refusals", "Whom the broker turned away, by its log.", ["reason"]
+        )
+        self._before_page: list[Callable[[], None]] = []
         self._clients = gauge("pwff_clients", "Devices that were ever there.", ["state"])
         self._traffic = counter(
             "pwff_traffic_bytes", "Payloads through the broker.", ["direction", "kind"]
@@ -105,6 +111,8 @@ class Metrics:
             self._clients.labels(state)
         for code in (*CODES, "other"):
             self._rejects.labels(code)
+        for reason in REASONS:
+            self._turned_away.labels(reason)
         for verdict in VERDICTS:
             self._updates.labels(verdict)
         for direction in ("up", "down"):
@@ -123,7 +131,18 @@ class Metrics:
 
     def page(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
+        for read in self._before_page:
+            read()
         return generate_latest(self.registry)
+
+    def watch_broker(self, log: Path) -> None:
+        """Count whom the broker turns away from now on, by what it writes to its log.
+
+        Raises:
+            InputError: If the log cannot be read.
+        """
+        found = BrokerLog(log, lambda reason, count: self._turned_away.labels(reason).inc(count))
+        self._before_page.append(found.read)
 
     def watch_queue(self, name: str, length: Callable[[], float]) -> None:
         """Show how long a queue is, asked whenever the page is."""

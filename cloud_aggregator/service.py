@@ -52,6 +52,8 @@ def serve(
             network.address,
         )
     metrics = Metrics(service.run, service.method)
+    if service.broker_log is not None:
+        metrics.watch_broker(service.broker_log)
     url = store_url(service)
     identity = identify(service.model)
     folder = RunFolder(service.out)

@@ -91,6 +91,8 @@ class Service(CountingKeys):
             Without it, everything travels in chunks.
         monitor: ``HOST:PORT`` that /metrics, /healthz and /readyz are answered at; by default at
             none.
+        broker_log: File that mosquitto writes its log to: whom it turns away is counted in the
+            metrics, as nobody else could; only with ``monitor``.
     """
 
     run: Identifier
@@ -127,6 +129,7 @@ class Service(CountingKeys):
     claim_store: str | None = None
     claim_above_bytes: Annotated[int, Field(ge=0, le=2**33)] = CLAIM_ABOVE_BYTES
     monitor: str | None = None
+    broker_log: Path | None = None
     security: SecuritySection = SecuritySection()
     limits: LimitsSection = LimitsSection()
     store: Annotated[str | None, Field(repr=False)] = None
@@ -175,6 +178,11 @@ def load_service(path: Path) -> Service:
         raise InputError(f"{path}: {err}") from err
     if service.monitor is not None:
         parse_address(service.monitor)
+    elif service.broker_log is not None:
+        raise InputError(
+            f"{path}: broker_log = '{service.broker_log}' is counted in the metrics, and there is "
+            'no monitor to show them; give monitor = "127.0.0.1:9464", or leave it out'
+        )
     check_restraint(service.restraint, service.method, stages, str(path))
     if service.minimum_clients > service.clients:
         raise InputError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from cloud_aggregator.metrics import Metrics
 from messaging import topics
 from messaging.access import BrokerAccess
 from messaging.broker_rules import AGGREGATOR
@@ -25,24 +27,48 @@ def knock(url: str, access: BrokerAccess, seconds: float = LIMIT) -> str:
     return str(told.value)
 
 
-def test_nobody_without_a_certificate_is_let_in(broker: Mosquitto, papers: Path) -> None:
+def turned_away(broker: Mosquitto, metrics: Metrics) -> set[str]:
+    """Stop the broker; return why the metrics say that it turned somebody away."""
+    broker.stop()  # then its log is whole
+    return {
+        sample.labels["reason"]
+        for family in text_string_to_metric_families(metrics.page().decode())
+        for sample in family.samples
+        if sample.name == "pwff_broker_refusals_total" and sample.value
+    }
+
+
+@pytest.fixture
+def metrics(broker: Mosquitto) -> Metrics:
+    """Return metrics that count by the broker's log."""
+    metrics = Metrics(RUN, "pwff")
+    metrics.watch_broker(broker.log)
+    return metrics
+
+
+def test_nobody_without_a_certificate_is_let_in(
+    broker: Mosquitto, papers: Path, metrics: Metrics
+) -> None:
     said = knock(broker.url, BrokerAccess(ca=papers / "ca" / "ca.pem"))
     assert "give a certificate that it trusts" in said
+    assert turned_away(broker, metrics) == {"certificate"}
     assert "peer did not return a certificate" in broker.log.read_text()
 
 
 def test_nobody_with_a_certificate_of_another_authority_is_let_in(
-    broker: Mosquitto, papers: Path, other_papers: Path
+    broker: Mosquitto, papers: Path, other_papers: Path, metrics: Metrics
 ) -> None:
     theirs = access_of(other_papers, "a")
     said = knock(broker.url, theirs.model_copy(update={"ca": papers / "ca" / "ca.pem"}))
     assert "give a certificate that it trusts" in said
+    assert turned_away(broker, metrics) == {"certificate"}
     assert "certificate" in broker.log.read_text()
 
 
-def test_nobody_without_tls_is_let_in(broker: Mosquitto) -> None:
+def test_nobody_without_tls_is_let_in(broker: Mosquitto, metrics: Metrics) -> None:
     url = broker.url.replace("mqtts", "mqtt")
     assert "no MQTT broker answered" in knock(url, BrokerAccess(), seconds=0.5)
+    assert turned_away(broker, metrics) == {"tls"}
 
 
 def test_a_broker_of_another_authority_is_not_spoken_to(

@@ -46,11 +46,13 @@ class Machine:
         flops: FLOP/s, sustained, of large fp32 products, > 0.
         bandwidth: Of memory, bytes read and bytes written counted each, > 0.
         overhead_seconds: Of a pass, besides, >= 0.
+        unpack_rates: (precision, weights/s) of those whose unpacking was measured, > 0.
     """
 
     flops: float
     bandwidth: float
     overhead_seconds: float = PASS_OVERHEAD_SECONDS
+    unpack_rates: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,9 @@ def step_seconds(
     """
     multiplied = moved = unpacked = 0.0
     other = _moves(shape, lora_count, pass_, checkpoint=checkpoint)
+    rate = dict(machine.unpack_rates).get(precision)
+    # A rate was measured with the product, so what goes over the result is in it.
+    passes_over_result = _PASSES_OVER_RESULT[precision] if rate is None else 0
     chunks = math.ceil(pass_.wanted * shape.vocabulary / HEAD_CHUNK_NUMBERS)
     for product in products(shape, lora_count, pass_, checkpoint=checkpoint):
         multiplied += product.flops
@@ -108,13 +113,14 @@ def step_seconds(
         if product.frozen:
             head = shape.vocabulary in (product.inner, product.columns)
             unpacked += product.times * product.inner * product.columns * (chunks if head else 1)
-            other += _PASSES_OVER_RESULT[precision] * product.times * product.rows * product.columns
+            other += passes_over_result * product.times * product.rows * product.columns
     state = NUMBER_BYTES * _STATE_MOVES * trainable_parameters(shape, lora_count)
     copied = 1 / machine.bandwidth
+    weight = UNPACKED_BYTES[precision] * copied if rate is None else 1 / rate
     return StepSeconds(
         products=passes * (multiplied / machine.flops + PRODUCT_MOVES * moved * copied),
         moves=(passes * OTHER_MOVES * NUMBER_BYTES * other + state) * copied,
-        unpacking=passes * UNPACKED_BYTES[precision] * unpacked * copied,
+        unpacking=passes * unpacked * weight,
         overhead=passes * machine.overhead_seconds,
     )
 

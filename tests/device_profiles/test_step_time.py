@@ -93,6 +93,12 @@ def test_unpacking_touches_every_matrix_on_both_ways_and_the_head_for_each_part_
     for precision, moved in UNPACKED_BYTES.items():
         found = step_seconds(SHAPE, 24, PASS, machine, precision=precision)
         assert found.unpacking == pytest.approx(moved * touched / 1e10)
+        measured = replace(machine, unpack_rates=((precision, 1e9),))
+        at_a_rate = step_seconds(SHAPE, 24, PASS, measured, precision=precision)
+        assert at_a_rate.unpacking == pytest.approx(touched / 1e9)
+        # what goes over the result is part of what was measured
+        plain = step_seconds(SHAPE, 24, PASS, machine)
+        assert (at_a_rate.moves, at_a_rate.products) == (plain.moves, plain.products)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from device_profiles.fleet import lora_count_of
+from device_profiles.plan_limits import InfeasiblePlanError
 from device_profiles.profile import Profile, catalog, find_profile, places
 
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -111,7 +113,7 @@ def figures(profile: Profile) -> dict[str, str]:
     for place in places(profile):
         value = _value(profile, place)
         name = place.rpartition(".")[2]
-        if value is None or value == {}:
+        if value is None:
             continue
         if isinstance(value, tuple):
             found[place] = ", ".join(value)
@@ -134,7 +136,8 @@ def summary(profile: Profile) -> list[str]:
     """Return what the figures of a profile come to, a sentence each."""
     worth = derived(profile)
     lines = [
-        f"LoRA modules: {worth['lora_count']} in the reference job (pwff devices plan).",
+        f"LoRA modules: {worth.get('lora_count', 'not even 12')} in the reference job "
+        "(pwff devices plan).",
         f"Free for training: {with_unit(worth['free_bytes'], 'B')} of "
         f"{with_unit(profile.memory.bytes, 'B')}.",
         f"Energy of training: {worth['joules_per_gflop']:.4g} J per GFLOP.",
@@ -154,15 +157,16 @@ def summary(profile: Profile) -> list[str]:
 def derived(profile: Profile) -> dict[str, float]:
     """Return what follows from a profile's figures.
 
-    ``lora_count`` in the reference job, ``free_bytes`` for training, ``joules_per_gflop`` of
-    training and, where it has a battery, ``battery_hours`` of training at full power.
+    ``free_bytes`` for training, ``joules_per_gflop`` of training, ``lora_count`` in the reference
+    job if it can do that and, where it has a battery, ``battery_hours`` of training at full power.
     """
     compute = profile.compute
     worth: dict[str, float] = {
-        "lora_count": lora_count_of(profile, None),
         "free_bytes": profile.memory.free_bytes,
         "joules_per_gflop": compute.watts / compute.flops * 1e9,
     }
+    with suppress(InfeasiblePlanError):
+        worth["lora_count"] = lora_count_of(profile, None)
     if profile.battery_joules is not None:
         worth["battery_hours"] = profile.battery_joules / compute.watts / 3600
     return worth

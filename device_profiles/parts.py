@@ -52,7 +52,7 @@ class Compute(Config):
     flops: FlopRate = Field(description=f"it with 'watts', or {_CYCLES} in place of both")
     watts: Annotated[Power, Field(gt=0)]
     idle_watts: Power = 0.0
-    unpack_rates: dict[Packed, Annotated[Plain, Field(gt=0)]] = Field(default_factory=dict)
+    unpack_rates: dict[Packed, Annotated[Plain, Field(gt=0)]] | None = None
 
     @model_validator(mode="before")
     @classmethod

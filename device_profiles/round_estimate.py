@@ -135,7 +135,7 @@ def machine_of(profile: Profile) -> Machine:
     return Machine(
         flops=profile.compute.flops,
         bandwidth=profile.memory.bandwidth,
-        unpack_rates=tuple(sorted(profile.compute.unpack_rates.items())),
+        unpack_rates=tuple(sorted((profile.compute.unpack_rates or {}).items())),
     )
 
 

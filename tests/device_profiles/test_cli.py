@@ -247,3 +247,10 @@ def test_a_figures_own_source_goes_before_its_sections() -> None:
 )
 def test_values_have_a_decimal_prefix_and_four_digits(value: float, text: str) -> None:
     assert with_unit(value, "W") == text
+
+
+def test_a_device_that_affords_no_lora_module_is_shown_all_the_same() -> None:
+    usual = find_profile("cloud-vm")
+    slow = usual.model_copy(update={"compute": usual.compute.model_copy(update={"flops": 1e6})})
+    assert "lora_count" not in derived(slow)
+    assert summary(slow)[0] == "LoRA modules: not even 12 in the reference job (pwff devices plan)."

@@ -115,7 +115,7 @@ def aligned(arguments: argparse.Namespace, folder: str) -> dict[str, float]:
             asked,
             answers,
             end_token=base.end_token,
-            token_features=judging.trunk.token_features,
+            token_features=heads.token_features,
             scores={name: heads.score(name) for name in OBJECTIVES},
         )
         read = time.perf_counter()

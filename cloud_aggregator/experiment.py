@@ -18,6 +18,7 @@ from cloud_aggregator.stages import check_room
 from device_profiles.config_files import check, choose, read_toml
 from device_profiles.errors import InputError
 from device_profiles.link import PAPER_LINK, Link, profile_link
+from device_profiles.methods import RewardShares
 from device_profiles.modules import PLACEMENTS
 from device_profiles.profile import Radio
 from device_profiles.stages import STAGES, parse_stages
@@ -93,7 +94,9 @@ class Experiment(CountingKeys):
             the rest.
         prompts: Instructions that alignment answers: ``kit`` or a file; by default those of each
             client's own preference pairs.
-        trunk_precision: Of the bare base whose hidden states the reward models read; one for all.
+        trunk_precision: Of the frozen base whose hidden states the reward models read; one for all.
+        reward_shares: What of a reward model is learned and travels: its ``head``, or ``adapters``,
+            which its trunk then has too (``docs/rewards.md``).
         reward_batch_size: Pairs a step of reward learning.
         reward_learning_rate: Of its AdamW.
         margin: By which the Bradley-Terry loss wants a chosen response to score higher.
@@ -150,6 +153,7 @@ class Experiment(CountingKeys):
     preference: Annotated[float, Field(ge=0, le=1)] | None = None
     prompts: str | None = None
     trunk_precision: Literal["fp32", "bf16", "int8", "nf4"] = "int8"
+    reward_shares: RewardShares = "head"
     reward_batch_size: Positive = 32
     reward_learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
     margin: Annotated[float, Field(ge=0, le=100)] = 0.0

@@ -11,7 +11,7 @@ from device_profiles.methods import (
     stage_tensors,
 )
 from device_profiles.modules import initial_adapters, initial_lora, lora_sites
-from device_profiles.reward_heads import HIDDEN, initial_heads
+from device_profiles.reward_heads import initial_rewards
 from messaging.layout import Layout, Tensors
 from messaging.protocol import Stage
 
@@ -51,5 +51,6 @@ def initial_tensors(method: Method, modules: ModuleShape, seed: int) -> Tensors:
 def initial_state(stage: Stage, method: Method, modules: ModuleShape, seed: int) -> Tensors:
     """Return the shared tensors that every device begins a stage with, if nothing came before."""
     if stage == "reward":
-        return initial_heads(method.objectives, modules.base.width, HIDDEN, seed)
+        size = modules.trunk_adapter_size
+        return initial_rewards(method.objectives, modules.base, size, seed)
     return initial_tensors(method, modules, seed)

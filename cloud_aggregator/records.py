@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from cloud_aggregator.privacy import PrivacyRecord
+from device_profiles.methods import RewardShares
 from device_profiles.pricing import CostBasis
 from messaging.protocol import DeviceRecord, Objective, PairFigures, Stage
 from quantization.identity import BaseIdentity
@@ -236,8 +237,9 @@ class Summary(_Part):
 class RunRecord(_Part):
     """The whole of ``run.json``.
 
-    ``aggregation`` is the rule by which updates count (``docs/aggregation.md``); ``privacy`` what
-    the rounds so far have spent, where each client's part is hidden.
+    ``aggregation`` is the rule by which updates count (``docs/aggregation.md``); ``reward_shares``
+    what of a reward model is learned and travels (``docs/rewards.md``); ``privacy`` what the rounds
+    so far have spent, where each client's part is hidden.
     """
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
@@ -253,6 +255,7 @@ class RunRecord(_Part):
     transport: str
     codec: str
     aggregation: str = "mean"
+    reward_shares: RewardShares = "head"
     privacy: PrivacyRecord | None = None
     model: ModelRecord
     data: DataRecord

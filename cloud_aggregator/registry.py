@@ -84,8 +84,8 @@ class Registry:
         if hello.layout != self._layout:
             raise ProtocolError(
                 "layout",
-                f"device '{hello.client}' shares other tensors than the run; compare method and "
-                "adapter size",
+                f"device '{hello.client}' shares other tensors than the run; compare method, "
+                "stages, reward_shares and adapter size",
             )
         if hello.device is None or hello.device.id != hello.client:
             raise ProtocolError("identity", "HELLO without a record of the device that sends it")

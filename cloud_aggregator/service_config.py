@@ -17,6 +17,7 @@ from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.stages import check_room
 from device_profiles.config_files import Config, choose, load
 from device_profiles.errors import InputError
+from device_profiles.methods import RewardShares
 from device_profiles.modules import PLACEMENTS
 from device_profiles.stages import parse_stages
 from messaging.chunks import CHUNK_BYTES, ChunkBytes
@@ -67,6 +68,8 @@ class Service(CountingKeys):
         rounds: At most, of instruction tuning; and so ``local_steps``, ``batch_size`` and
             ``learning_rate``. The other stages have a section each: see
             ``RewardSection`` and ``AlignmentSection``.
+        reward_shares: What of a reward model is learned and travels, ``head`` or ``adapters``: see
+            ``docs/rewards.md``; every device has the same.
         cohort: Devices whose updates a round wants, drawn each alike among those that are there; by
             default every one that is there. ``aggregation`` and what goes with it is described in
             ``cloud_aggregator.counting.CountingKeys``.
@@ -103,6 +106,7 @@ class Service(CountingKeys):
     gather_seconds: Annotated[float, Field(gt=0, le=1e6)] = 120.0
     method: str = "pwff"
     stages: str = "instruction"
+    reward_shares: RewardShares = "head"
     model: str = "mini"
     placement: str = "qkv"
     lora_rank: Annotated[int, Field(ge=1, le=65_536)] | None = None

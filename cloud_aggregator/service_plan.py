@@ -38,6 +38,7 @@ def run_settings(service: Service, identity: BaseIdentity) -> RunSettings:
         adapter_size=service.adapter_size,
         placement=service.placement,
         lora_rank=lora_rank(identity.shape, service.lora_rank)[0],
+        reward_shares=service.reward_shares,
     )
     method = find_method(service.method)
     stages = parse_stages(service.stages, method)
@@ -149,6 +150,7 @@ def run_record(service: Service, identity: BaseIdentity, folder: RunFolder) -> R
             "method": (record.method, service.method),
             "codec": (record.codec, service.codec),
             "aggregation": (record.aggregation, service.aggregation),
+            "reward_shares": (record.reward_shares, service.reward_shares),
             "stages": (record.stages, parse_stages(service.stages, find_method(service.method))),
             "base": (record.model.sha256, identity.sha256),
             "tokenizer": (record.model.tokenizer_sha256, identity.tokenizer_sha256),
@@ -171,6 +173,7 @@ def run_record(service: Service, identity: BaseIdentity, folder: RunFolder) -> R
         transport="mqtt",
         codec=service.codec,
         aggregation=service.aggregation,
+        reward_shares=service.reward_shares,
         model=model_record(identity),
         data=DataRecord(source="the clients' own", examples=0),
     )

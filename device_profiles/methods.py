@@ -19,11 +19,14 @@ from device_profiles.modules import (
     lora_sites,
     lora_tensors,
 )
-from device_profiles.reward_heads import head_tensors
+from device_profiles.reward_heads import reward_tensors
 
 Kind = Literal["adapters", "lora"]
 Stage = Literal["instruction", "reward", "alignment"]
 Objective = Literal["helpfulness", "harmlessness"]
+
+#: What of a reward model is learned and travels: its head, or the adapters on its trunk as well.
+RewardShares = Literal["head", "adapters"]
 
 #: What reward models judge, in the order that is used everywhere.
 OBJECTIVES: tuple[Objective, ...] = ("helpfulness", "harmlessness")
@@ -124,12 +127,21 @@ def find_method(name: str) -> Method:
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleShape:
-    """The small modules of a run: their base, bottleneck size M, placement and rank R."""
+    """The small modules of a run: their base, bottleneck size M, placement and rank R.
+
+    ``reward_shares`` says what a reward model is made of, beside the frozen trunk.
+    """
 
     base: BaseShape
     adapter_size: int
     placement: str
     lora_rank: int
+    reward_shares: RewardShares = "head"
+
+    @property
+    def trunk_adapter_size(self) -> int:
+        """Bottleneck size of the adapters on the trunk of a reward model; 0 for a bare trunk."""
+        return self.adapter_size if self.reward_shares == "adapters" else 0
 
 
 def shared_tensors(method: Method, modules: ModuleShape) -> list[NamedShape]:
@@ -149,15 +161,17 @@ def shared_tensors(method: Method, modules: ModuleShape) -> list[NamedShape]:
 
 
 def stage_tensors(stage: Stage, method: Method, modules: ModuleShape) -> list[NamedShape]:
-    """Return the tensors that travel in a stage: of reward learning, the heads.
+    """Return the tensors that travel in a stage: of reward learning, reward models.
+
+    LoRA never is among a reward model's: what of its trunk trains is adapters, or nothing.
 
     Raises:
         InputError: If adapter size or placement do not fit the base.
     """
     if stage != "reward":
         return shared_tensors(method, modules)
-    width = modules.base.width
-    return [tensor for name in method.objectives for tensor in head_tensors(name, width)]
+    size = modules.trunk_adapter_size
+    return [t for name in method.objectives for t in reward_tensors(name, modules.base, size)]
 
 
 def held_tensors(names: Sequence[str], lora_count: int) -> int:

@@ -7,7 +7,7 @@ with the bits of the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from device_profiles.methods import Method, ModuleShape, held_tensors, stage_ten
 from device_profiles.modules import BaseShape, adapter_tensors, first_lora_sites, lora_tensors
 from device_profiles.pricing import CostBasis
 from device_profiles.profile import Profile
+from device_profiles.reward_heads import reward_tensors
 from device_profiles.upload_policy import patient_upload
 from messaging.chunks import wire_bytes
 from messaging.codecs import max_blob_bytes
@@ -91,32 +92,37 @@ class CostModel:
         self._method, self._learned = method, modules
         self._base, self._parameters, self._priced = modules.base, parameters, modules
         if priced is not None:
-            modules = ModuleShape(
-                base=priced.base,
-                adapter_size=modules.adapter_size,
-                placement=modules.placement,
-                lora_rank=priced.lora_rank,
-            )
+            modules = replace(modules, base=priced.base, lora_rank=priced.lora_rank)
             self._base, self._parameters = priced.base, priced.parameters
             self._priced = modules
         self._trainable = trained_parameters(method, modules, lora_count)
+        # its head counts for every token, though only a response goes through it
+        self._of_a_reward = sum(
+            t.size
+            for name in method.objectives[:1]
+            for t in reward_tensors(name, modules.base, modules.trunk_adapter_size)
+        )
         self._lora_count = lora_count
         self._profile = profile
         self._link = link
         self._chunk_bytes = chunk_bytes
 
-    def compute(self, tokens: int, rows: int, read_tokens: int = 0) -> TimeAndEnergy:
+    def compute(
+        self, tokens: int, rows: int, read_tokens: int = 0, *, stage: Stage = "instruction"
+    ) -> TimeAndEnergy:
         """Return what a piece of training takes, modelled by its operations.
 
         Args:
-            tokens: That were trained on.
+            tokens: That were trained on; of reward learning, through the trunk of a reward model.
             rows: In so many examples.
             read_tokens: That went forward only: drawn, scored, or looked at by a reward model.
+            stage: That trains: says what is trained.
         """
         flops = 2.0 * self._parameters * read_tokens
         if tokens:
+            trained = self._of_a_reward if stage == "reward" else self._trainable
             flops += tokens * training_flops_per_token(
-                self._parameters, self._trainable, self._base, tokens // rows
+                self._parameters, trained, self._base, tokens // rows
             )
         return compute_cost(flops, self._profile.compute)
 

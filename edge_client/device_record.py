@@ -7,7 +7,7 @@ from typing import Literal
 
 from device_profiles.channel import Link
 from device_profiles.families import GPT2
-from device_profiles.methods import Method, ModuleShape
+from device_profiles.methods import Method, ModuleShape, RewardShares
 from device_profiles.modules import (
     adapter_sites,
     adapter_tensors,
@@ -36,6 +36,7 @@ class Modules:
         adapter_size: Bottleneck size M.
         placement: Row of the placements table.
         rank: R of every LoRA module, as given; none for the proportional one.
+        reward_shares: What a reward model is made of, beside the frozen trunk.
     """
 
     method: Method
@@ -43,6 +44,7 @@ class Modules:
     adapter_size: int
     placement: str
     rank: int | None
+    reward_shares: RewardShares = "head"
 
     def layout(self, stage: Stage = "instruction") -> Layout:
         """Return the allow-list of a stage: the tensors that may travel, in order."""
@@ -55,6 +57,7 @@ class Modules:
             adapter_size=self.adapter_size,
             placement=self.placement,
             lora_rank=self.lora_rank()[0],
+            reward_shares=self.reward_shares,
         )
 
     def lora_count(self, afforded: int) -> int:

@@ -32,7 +32,7 @@ def why_not(manifest: Manifest, setup: Setup, binding: str) -> str | None:
         )
     if manifest.layout != setup.layouts_sha256:
         return (
-            "the run shares other tensors than this device; compare the method's settings and "
-            "the stages"
+            "the run shares other tensors than this device; compare the method's settings, the "
+            "stages and reward_shares"
         )
     return None

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from device_profiles.channel import Link
 from device_profiles.errors import InputError
-from device_profiles.methods import ModuleShape, find_method
+from device_profiles.methods import ModuleShape, RewardShares, find_method
 from device_profiles.pricing import CostBasis
 from device_profiles.profile import Profile
 from device_profiles.seeds import stream
@@ -71,6 +71,7 @@ class Setup:
 
     Attributes:
         layouts: What travels, by stage, in the order of the stages.
+        reward_shares: What a reward model is made of, beside the frozen trunk.
     """
 
     run: str
@@ -81,6 +82,7 @@ class Setup:
     lora_rank: int
     chunk_bytes: int
     priced: CostBasis | None = None
+    reward_shares: RewardShares = "head"
 
     def own_layout(self, stage: Stage, lora_count: int) -> Layout:
         """Return what a device with so many LoRA modules sends."""
@@ -139,6 +141,7 @@ class LocalClient:
                 adapter_size=setup.adapter_size,
                 placement=setup.placement,
                 lora_rank=setup.lora_rank,
+                reward_shares=setup.reward_shares,
             ),
             parameters=base.parameters,
             lora_count=device.lora_count,
@@ -233,7 +236,9 @@ class LocalClient:
         with timed("training"):
             done = self._works[task.stage].train(task, before, states)
         if self._private:
-            done = withheld_training(done, task)
+            adapted = self.setup.reward_shares == "adapters"
+            count = len(find_method(self.setup.method).objectives) if adapted else 0
+            done = withheld_training(done, task, adapted_rewards=count)
         state, blob = replace(done.state, round=task.round), None
         if states.shared is not None and done.after is not None:
             layout = self.setup.own_layout(task.stage, self.device.lora_count)
@@ -272,7 +277,7 @@ class LocalClient:
         self, task: Task, done: Trained, measured: float, download_bytes: int, blob: bytes | None
     ) -> Costs:
         """Return the costs of a training; ``measured`` seconds count on a real device."""
-        compute = self._costs.compute(done.tokens, done.rows, done.read_tokens)
+        compute = self._costs.compute(done.tokens, done.rows, done.read_tokens, stage=task.stage)
         if self.device.costs == "measured":
             compute = self._costs.measured(measured)
         costs = self._downlink(task, download_bytes).model_copy(

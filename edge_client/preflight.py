@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device_profiles.errors import InputError
+from device_profiles.reward_heads import PASS_TOKENS
 from device_profiles.step_memory import StepMemory, evaluation_memory, in_process, training_memory
 from device_profiles.step_model import Pass, StepShape
 from quantization.identity import BaseIdentity
@@ -79,6 +80,23 @@ def client_memory(
     training = training_memory(shape, lora_count, pass_, precision=precision, checkpoint=checkpoint)
     held_out = evaluation_memory(shape, lora_count, pass_, precision=precision)
     return max(map(in_process, (training, held_out)), key=lambda memory: memory.total)
+
+
+def reward_memory(shape: StepShape, *, max_length: int, precision: str) -> StepMemory:
+    """Return what a process takes at its peak while a reward model learns through its trunk.
+
+    That is where adapters on the trunk train. The loss of a language model, which is counted with
+    the rest, is more than a head's.
+
+    Args:
+        shape: Trunk and adapters.
+        max_length: Tokens of either side of a pair.
+        precision: Of the trunk.
+    """
+    length = min(max_length, shape.positions)
+    sides = max(2, PASS_TOKENS // length)
+    pass_ = Pass(examples=sides, tokens=length, response=length - 1)
+    return in_process(training_memory(shape, 0, pass_, precision=precision))
 
 
 def step_shape(

@@ -41,13 +41,21 @@ def withheld(result: Result) -> Result:
     return type(result)(costs=result.costs, examples=1, blob=result.blob)
 
 
-def withheld_training(done: Trained, task: Task) -> Trained:
+def withheld_training(done: Trained, task: Task, *, adapted_rewards: int = 0) -> Trained:
     """Return a training of weight 1 without its loss, priced by what the task asks for.
 
     Rows count in full length, and a device with fewer examples than a batch as one that has enough.
+
+    Args:
+        done: What it gave.
+        task: That asked for it.
+        adapted_rewards: Reward models whose trunk has adapters, which train: as many take the steps
+            of reward learning through it. 0 where the trunk is bare.
     """
     rows, read = task.local_steps * task.batch_size, 0
-    if task.stage == "reward":  # the trunk reads both sides of every pair, and trains nothing
+    if task.stage == "reward" and adapted_rewards:  # both sides of every pair, there and back
+        rows = 2 * rows * adapted_rewards
+    elif task.stage == "reward":  # the trunk reads both sides of every pair, and trains nothing
         rows, read = 0, 2 * rows
     elif task.alignment is not None:
         dpo = task.alignment.algorithm == "dpo"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +16,7 @@ from device_profiles.config_files import Config, load
 from device_profiles.errors import InputError
 from device_profiles.families import GPT2
 from device_profiles.fleet import check_lora_count, lora_count_of
-from device_profiles.methods import Objective, find_method
+from device_profiles.methods import Objective, RewardShares, find_method
 from device_profiles.profile import find_profile
 from device_profiles.stages import parse_stages
 from edge_client.data.instructions import load_instructions
@@ -28,7 +29,13 @@ from edge_client.local_client import LocalClient, Setup
 from edge_client.outbox import Outbox
 from edge_client.peft.build import build_model
 from edge_client.peft.packed_model import PackedModel
-from edge_client.preflight import check_memory, client_memory, free_memory, step_shape
+from edge_client.preflight import (
+    check_memory,
+    client_memory,
+    free_memory,
+    reward_memory,
+    step_shape,
+)
 from edge_client.progress import Interruption, Progress
 from edge_client.reward.reference import scoring
 from edge_client.works import build_works, load_judging
@@ -76,7 +83,8 @@ class Client(Config):
         helpfulness_data: Preference pairs of that objective, ``kit`` or a file, where the run
             learns reward models; ``harmlessness_data`` likewise.
         prompts: That alignment answers, ``kit`` or a file; by default the pairs' own.
-        trunk_precision: The run's: of the bare base whose hidden states reward models read.
+        trunk_precision: The run's: of the frozen base whose hidden states reward models read.
+        reward_shares: The run's: what of a reward model is learned and travels.
         others_data: A file of examples that stand for other users' data: the device is measured on
             them too.
         held_out_share: Of the device's examples, where the data does not say itself.
@@ -109,6 +117,7 @@ class Client(Config):
     harmlessness_data: str | None = None
     prompts: str | None = None
     trunk_precision: Literal["fp32", "bf16", "int8", "nf4"] = "int8"
+    reward_shares: RewardShares = "head"
     placement: str = "qkv"
     adapter_size: Annotated[int, Field(ge=1, le=4096)] = 10
     precision: Literal["auto", "fp32", "bf16", "int8", "int8-dynamic", "nf4"] = "auto"
@@ -227,6 +236,7 @@ def _local_client(
         adapter_size=client.adapter_size,
         placement=client.placement,
         rank=client.lora_rank,
+        reward_shares=client.reward_shares,
     )
     dataset = load_instructions(client.data)
     for line, reason in dataset.broken:
@@ -275,6 +285,7 @@ def _local_client(
         adapter_size=client.adapter_size,
         lora_rank=device.lora_rank,
         chunk_bytes=client.chunk_bytes,
+        reward_shares=client.reward_shares,
     )
     data = preferences.own(
         own,
@@ -287,7 +298,12 @@ def _local_client(
     judging = None
     if own.train:
         there = [model.base] if isinstance(model, PackedModel) else []
-        judging = load_judging(identity, client.trunk_precision, *there)
+        judging = load_judging(
+            identity,
+            client.trunk_precision,
+            *there,
+            adapter_size=modules.shape().trunk_adapter_size,
+        )
     return LocalClient(
         setup,
         build_works(setup, model, device, data, judging=judging, folder=folder, progress=progress),
@@ -324,9 +340,17 @@ def _check_memory(client: Client, identity: BaseIdentity, device: DeviceRecord) 
         precision=precision,
     )
     other = device.scoring and client.trunk_precision != device.precision
-    trunk = held_bytes(identity, client.trunk_precision) if other else 0
+    needed = usual.total + (held_bytes(identity, client.trunk_precision) if other else 0)
+    if device.scoring and client.reward_shares == "adapters":
+        learning = reward_memory(
+            replace(shape, adapter_size=client.adapter_size),
+            max_length=_USUAL_LENGTH,
+            precision=client.trunk_precision,
+        )
+        policy = usual.state + usual.before + (usual.base if other else 0)
+        needed = max(needed, learning.total + policy)
     check_memory(
-        usual.total + trunk,
+        needed,
         free_memory(),
         what=f"training on {_USUAL_BATCH} examples of {_USUAL_LENGTH} tokens",
         remedies=[

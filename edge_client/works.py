@@ -21,16 +21,20 @@ from quantization.frozen_gpt2 import FrozenBase, load_frozen
 from quantization.identity import BaseIdentity
 
 
-def load_judging(identity: BaseIdentity, precision: str, *bases: FrozenBase) -> Judging:
+def load_judging(
+    identity: BaseIdentity, precision: str, *bases: FrozenBase, adapter_size: int = 0
+) -> Judging:
     """Return the trunk that reward models read, with the reference set that they are scaled by.
 
     Args:
         identity: Of the base.
         precision: Of the trunk.
         bases: Those in memory already: of the same precision, no second one is loaded.
+        adapter_size: Of the adapters that each reward model has on the trunk; 0 for none.
     """
     there = (base for base in bases if base.precision == precision)
-    return Judging(next(there, None) or load_frozen(identity, precision))
+    base = next(there, None) or load_frozen(identity, precision)
+    return Judging(base, adapter_size=adapter_size)
 
 
 def build_works(
@@ -80,6 +84,7 @@ def build_works(
                 pairs=data.pairs,
                 held_out=data.held_out_pairs,
                 begin=instructions.begin,
+                interruption=None if progress is None else progress.interruption,
             )
         elif judging is not None:
             works[stage] = AlignmentWork(

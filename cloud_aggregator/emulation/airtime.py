@@ -2,8 +2,9 @@
 
 Priced by the same channel model as the run, over its devices' own links and at its priced shape; a
 mean of seeded draws, so the run's own draws differ. Bytes are those of the codes, without headers.
-Of a reward model the heads travel. What it would take to send more is said beside it, so that the
-choice is seen before it is paid for: the trunk's adapters, or the whole trunk.
+Of a reward model its head travels, or the adapters on its trunk as well (``reward_shares``). What
+the other choice would take is said beside it, and what a whole trunk would, so that the choice is
+seen before it is paid for.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from cloud_aggregator.emulation.fleet import FleetPlan
 from cloud_aggregator.experiment import Experiment
 from cloud_aggregator.progress import human_bytes
 from device_profiles.channel import upload_seconds
-from device_profiles.methods import Kind, Method, ModuleShape, find_method
-from device_profiles.modules import NamedShape, adapter_tensors
+from device_profiles.methods import Kind, Method, ModuleShape, RewardShares, find_method
+from device_profiles.modules import NamedShape
 from device_profiles.seeds import stream
 from edge_client.costs import own_layout, stage_layout
 from edge_client.device_record import link_of
@@ -40,6 +41,10 @@ _KINDS: dict[tuple[Kind, ...], str] = {
     ("adapters",): "the adapters",
     ("lora",): "the LoRA modules",
     ("adapters", "lora"): "adapters and LoRA modules",
+}
+_REWARDS: dict[RewardShares, str] = {
+    "head": "the heads alone",
+    "adapters": "the heads and the adapters on each trunk",
 }
 
 
@@ -66,7 +71,8 @@ def airtime_lines(experiment: Experiment, identity: BaseIdentity, fleet: FleetPl
         if not layout.size:
             continue
         sent = _mean(experiment, devices, layout, stage)
-        kinds = "the heads" if stage == "reward" else _KINDS[method.shared]
+        chosen = experiment.reward_shares
+        kinds = _REWARDS[chosen] if stage == "reward" else _KINDS[method.shared]
         line = (
             f"Of {_TITLES[stage]}, {kinds} travel: an upload is {sent.words} "
             f"(modelled, {experiment.codec})"
@@ -84,17 +90,20 @@ def _beyond(
     modules: ModuleShape,
     parameters: int,
 ) -> str:
-    """Return what more than the heads would take."""
-    heads = stage_layout("reward", method, modules)
-    adapters = Layout.of(adapter_tensors(modules.base, modules.adapter_size))
-    # the trunk's weights, as so many entries of one tensor
-    trunk = Layout.of([NamedShape(name="trunk", shape=(parameters,), bottleneck_axis=None)])
-    more = [
-        _mean(experiment, devices, heads, "reward", beside=extra) for extra in (adapters, trunk)
-    ]
+    """Return what the other choice would take, and what whole trunks would."""
+    other: RewardShares = "head" if modules.reward_shares == "adapters" else "adapters"
+    heads, others = (
+        stage_layout("reward", method, replace(modules, reward_shares=shares))
+        for shares in ("head", other)
+    )
+    # the weights of a trunk for each objective, as so many entries of one tensor
+    size = len(method.objectives) * parameters
+    trunks = Layout.of([NamedShape(name="trunks", shape=(size,), bottleneck_axis=None)])
+    instead = _mean(experiment, devices, others, "reward")
+    more = _mean(experiment, devices, heads, "reward", beside=trunks)
     return (
-        f"; with adapters on the trunk it would be {more[0].words}, and with the whole trunk "
-        f"{more[1].words}: neither is sent"
+        f"; {_REWARDS[other]} (reward_shares = '{other}') would be {instead.words}, and the heads "
+        f"with whole trunks {more.words}, which are not sent"
     )
 
 

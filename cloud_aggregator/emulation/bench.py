@@ -25,13 +25,7 @@ from quantization.identity import BaseIdentity
 
 def make_setup(spec: WorkerSpec, identity: BaseIdentity) -> Setup:
     """Return what every client of a run has in common; it needs no base in memory."""
-    method = find_method(spec.method)
-    modules = ModuleShape(
-        base=identity.shape,
-        adapter_size=spec.adapter_size,
-        placement=spec.placement,
-        lora_rank=spec.lora_rank,
-    )
+    method, modules = find_method(spec.method), _modules(spec, identity)
     return Setup(
         run=spec.run,
         method=spec.method,
@@ -41,6 +35,7 @@ def make_setup(spec: WorkerSpec, identity: BaseIdentity) -> Setup:
         lora_rank=spec.lora_rank,
         chunk_bytes=spec.chunk_bytes,
         priced=spec.priced,
+        reward_shares=spec.reward_shares,
     )
 
 
@@ -67,6 +62,16 @@ def load_bases(
         wanted.add(spec.trunk_precision)
     there = there or {}
     return {p: there.get(p) or load_frozen(identity, p) for p in sorted(wanted)}
+
+
+def _modules(spec: WorkerSpec, identity: BaseIdentity) -> ModuleShape:
+    return ModuleShape(
+        base=identity.shape,
+        adapter_size=spec.adapter_size,
+        placement=spec.placement,
+        lora_rank=spec.lora_rank,
+        reward_shares=spec.reward_shares,
+    )
 
 
 class Bench:
@@ -112,7 +117,12 @@ class Bench:
         }
         self._judging = None
         if spec.preferences:
-            self._judging = load_judging(identity, spec.trunk_precision, *bases.values())
+            self._judging = load_judging(
+                identity,
+                spec.trunk_precision,
+                *bases.values(),
+                adapter_size=_modules(spec, identity).trunk_adapter_size,
+            )
 
     def client(self, spec: ClientSpec, folder: Path, progress: Progress | None) -> LocalClient:
         """Return one client.

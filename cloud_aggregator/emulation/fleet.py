@@ -11,7 +11,7 @@ from cloud_aggregator.experiment import Experiment
 from cloud_aggregator.restraint import RestraintSettings
 from cloud_aggregator.stages import StagePlan
 from device_profiles.fleet import Device, check_lora_count, draw_fleet, find_fleet
-from device_profiles.methods import ModuleShape, Objective, find_method
+from device_profiles.methods import ModuleShape, Objective, RewardShares, find_method
 from device_profiles.modules import adapter_sites, lora_rank
 from device_profiles.pricing import PRICED_SHAPES, CostBasis, cost_basis
 from device_profiles.profile import Profile
@@ -59,6 +59,7 @@ class WorkerSpec(BaseModel):
     prompts: str | None
     hashes: dict[str, str]
     trunk_precision: str
+    reward_shares: RewardShares = "head"
     placement: str
     adapter_size: int
     lora_rank: int
@@ -129,6 +130,7 @@ def plan_fleet(
         adapter_size=experiment.adapter_size,
         placement=experiment.placement,
         rank=experiment.lora_rank,
+        reward_shares=experiment.reward_shares,
     )
     adapter_sites(identity.shape, experiment.adapter_count)
     if experiment.lora_count is not None:

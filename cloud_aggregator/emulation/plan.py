@@ -30,6 +30,7 @@ from edge_client.preflight import (
     client_memory,
     fleet_bytes,
     free_memory,
+    reward_memory,
     step_shape,
 )
 from messaging.layout import joint_sha256
@@ -110,8 +111,15 @@ def check_plan_memory(planned: Planned) -> None:
     if fleet.clients[0].own.train:
         bases.add(experiment.trunk_precision)
     others = sum(held_bytes(planned.identity, p) for p in bases - {worst.precision})
+    needed = fleet_bytes(one, workers, precision) + workers * others
+    if fleet.clients[0].own.train and experiment.reward_shares == "adapters":
+        trunk = experiment.trunk_precision
+        learning = reward_memory(shape, max_length=experiment.max_length, precision=trunk)
+        rest = sum(held_bytes(planned.identity, p) for p in bases - {trunk})
+        policies = workers * (one.state + one.before + rest)
+        needed = max(needed, fleet_bytes(learning, workers, trunk) + policies)
     check_memory(
-        fleet_bytes(one, workers, precision) + workers * others,
+        needed,
         free_memory(),
         what=f"{workers} worker(s) on {planned.identity.name}",
         remedies=[
@@ -170,6 +178,7 @@ def run_record(planned: Planned, *, resume: bool) -> RunRecord:
         transport=experiment.transport,
         codec=experiment.codec,
         aggregation=experiment.aggregation,
+        reward_shares=experiment.reward_shares,
         model=model_record(planned.identity, planned.fleet.priced),
         data=DataRecord(
             source=experiment.data,
@@ -275,6 +284,7 @@ def fleet_spec(planned: Planned, clients: list[ClientSpec]) -> WorkerSpec:
         prompts=experiment.prompts,
         hashes=planned.preferences.hashes,
         trunk_precision=experiment.trunk_precision,
+        reward_shares=experiment.reward_shares,
         placement=experiment.placement,
         adapter_size=experiment.adapter_size,
         lora_rank=planned.fleet.modules.lora_rank,

@@ -127,7 +127,7 @@ class Judge:
     ) -> list[JudgedClient]:
         from edge_client.reward.judge import assess
 
-        judging, heads = self._ready()
+        _, heads = self._ready()
         models: dict[str, PackedModel] = {}
         found = []
         for name, own in sorted(clients.items()):
@@ -136,9 +136,7 @@ class Judge:
             model = models[own.precision]
             model.activate(own.lora_count)
             model.put(own.tensors)
-            said = assess(
-                judging, heads, model, prompts[name], most_tokens=experiment.max_new_tokens
-            )
+            said = assess(heads, model, prompts[name], most_tokens=experiment.max_new_tokens)
             found.append(
                 JudgedClient(
                     id=name,

@@ -38,6 +38,11 @@ class Answering:
         self._judging = judging
         self._objectives = objectives
 
+    @property
+    def reads(self) -> int:
+        """How often a response goes through the trunk until all reward models have scored it."""
+        return self._judging.reads(self._objectives)
+
     def heads(self, states: GlobalStates) -> Heads:
         """Return the reward models.
 
@@ -126,7 +131,7 @@ class Answering:
             asked,
             answers,
             end_token=model.base.end_token,
-            token_features=self._judging.trunk.token_features,
+            token_features=heads.token_features,
             scores={name: heads.score(name) for name in self._objectives},
         )
 

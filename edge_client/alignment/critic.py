@@ -1,7 +1,9 @@
 """A critic: what an objective's reward model will say in the end, guessed before each action.
 
-It is a head on the frozen trunk's features, which are computed once a step and kept for all epochs;
-it starts as a copy of the reward model's head, and gives values on the scale of re-centred scores.
+It is a head on what the reward model reads: features of the frozen trunk, with the reward model's
+own adapters on it where it has any, frozen too. So they are computed once a step and kept for all
+epochs. It starts as a copy of the reward model's head, and gives values on the scale of re-centred
+scores.
 Shape letters: N actions, F features.
 """
 

@@ -58,13 +58,13 @@ def ppo_step(
     """
     check_weights(weights, list(critics))
     found = measure(model, rollouts, reference, settings)
-    features = torch.cat([r.features for r in rollouts])  # (N, F)
+    features = {name: torch.cat([r.features[name] for r in rollouts]) for name in critics}  # (N, F)
     penalty = -kl_coefficient * (found.acting - found.reference)
 
     def advantage(rewards: Stream, values: Stream) -> Stream:
         return gae(rewards, values, found.lengths, gamma=settings.gamma, lam=settings.lam)
 
-    values = {name: critic.values(features) for name, critic in critics.items()}
+    values = {name: critic.values(features[name]) for name, critic in critics.items()}
     advantages = {
         name: advantage(on_last(paid(rollouts, name, settings.no_end_penalty), found.lengths), v)
         for name, v in values.items()
@@ -73,8 +73,9 @@ def ppo_step(
     losses: dict[str, list[float]] = {name: [] for name in critics}
 
     def teach(actions: Tensor) -> None:
-        mine, places = features[actions.to(features.device)], actions.cpu().numpy()
+        places = actions.cpu().numpy()
         for name, critic in critics.items():
+            mine = features[name][actions.to(features[name].device)]
             old, wanted = values[name][places], returns[name][places]
             losses[name].append(critic.improve(mine, old, wanted, settings.value_clip))
 

@@ -44,13 +44,14 @@ class Rollout:
         example: Prompt and actions.
         ended: Whether the last action is the end token.
         scores: Of each objective's reward model, re-centred, without penalties.
-        features: Of the state before each action, for the critics. Shape (A, F).
+        features: Of the state before each action, for each objective's critic: what its reward
+            model reads, the same tensor for all where these share a bare trunk. Shape (A, F) each.
     """
 
     example: Encoded
     ended: bool
     scores: Mapping[str, float]
-    features: Tensor
+    features: Mapping[str, Tensor]
 
     @property
     def actions(self) -> int:
@@ -68,17 +69,17 @@ def judged(
     answers: Sequence[Answer],
     *,
     end_token: int,
-    token_features: Callable[[Sequence[Encoded]], tuple[Tensor, list[int]]],
+    token_features: Callable[[Sequence[Encoded]], tuple[Mapping[str, Tensor], list[int]]],
     scores: Mapping[str, Callable[[Tensor], Tensor]],
 ) -> list[Rollout]:
-    """Return responses with their scores; the trunk goes through each of them once.
+    """Return responses with their scores; each trunk goes through each of them once.
 
     Args:
         prompts: Of the answers, one each.
         answers: At least 1.
         end_token: Of the policy's base.
-        token_features: Features at every place of some examples that end with an end token, one
-            after the other, (P, F), and how many belong to each.
+        token_features: By objective, features at every place of some examples that end with an end
+            token, one after the other, (P, F); and how many belong to each.
         scores: For each objective, re-centred scores from features at the last places.
             Shape (B, F) -> (B,).
 
@@ -87,15 +88,15 @@ def judged(
     """
     closed = [_joined(p, a.tokens, end_token) for p, a in zip(prompts, answers, strict=True)]
     features, lengths = token_features(closed)
-    parts = torch.split(features, lengths)
-    last = torch.stack([part[-1] for part in parts])  # (B, F)
-    found = {name: score(last).tolist() for name, score in scores.items()}
+    parts = {name: torch.split(features[name], lengths) for name in scores}
+    last = {name: torch.stack([part[-1] for part in own]) for name, own in parts.items()}  # (B, F)
+    found = {name: score(last[name]).tolist() for name, score in scores.items()}
     return [
         Rollout(
             example=closed[i] if answer.ended else _joined(prompts[i], answer.tokens),
             ended=answer.ended,
             scores={name: values[i] for name, values in found.items()},
-            features=parts[i] if answer.ended else parts[i][:-1],
+            features={name: own[i] if answer.ended else own[i][:-1] for name, own in parts.items()},
         )
         for i, answer in enumerate(answers)
     ]

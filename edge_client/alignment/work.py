@@ -221,7 +221,7 @@ class AlignmentWork:
             after=None if states.shared is None else self._policy.shared(tensors),
             loss=_value_loss(done),
             weight=self._policy.device.examples,
-            **_counted(drawn, done, minibatches),
+            **_counted(drawn, done, minibatches, self._answering.reads),
         )
 
     def _train_on_pairs(
@@ -313,18 +313,18 @@ def _value_loss(done: Sequence[StepFigures]) -> float | None:
 
 
 def _counted(
-    drawn: Sequence[Rollout], done: Sequence[StepFigures], minibatches: int
+    drawn: Sequence[Rollout], done: Sequence[StepFigures], minibatches: int, reads: int
 ) -> dict[str, int]:
     """Return what went through the model, for the costs.
 
-    A response is drawn, read by the trunk, and looked at under the old and the reference policy:
-    four times forward; then it is trained on in each epoch that was gone through. ``minibatches``
-    make an epoch.
+    A response is drawn, read by the trunk (``reads`` times: with adapters on it, once for each
+    reward model), and looked at under the old and the reference policy; then it is trained on in
+    each epoch that was gone through. ``minibatches`` make an epoch.
     """
     tokens = sum(len(r.example.tokens) for r in drawn)
     passes = float(np.mean([step.improvement.updates for step in done])) / minibatches
     return {
         "tokens": round(tokens * passes),
         "rows": max(1, round(len(drawn) * passes)),
-        "read_tokens": 4 * tokens,
+        "read_tokens": (3 + reads) * tokens,
     }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from device_profiles.errors import InputError
-from device_profiles.reward_heads import head_name
+from device_profiles.reward_heads import head_name, trunk_prefix
 from messaging.layout import Tensors
 
 _PARTS = ("inner.weight", "inner.bias", "outer.weight", "outer.bias")
@@ -78,15 +78,22 @@ class Head(nn.Module):
 
 
 def of_objective(tensors: Mapping[str, npt.NDArray[np.float32]], objective: str) -> Tensors:
-    """Return the tensors of one objective's head out of those of several.
+    """Return the tensors of one objective's head out of those of several reward models.
 
     Raises:
         InputError: If there are none.
     """
-    own = {n: t for n, t in tensors.items() if n.startswith(f"{head_name(objective)}.")}
+    mine, trunk = f"{head_name(objective)}.", trunk_prefix(objective)
+    own = {n: t for n, t in tensors.items() if n.startswith(mine) and not n.startswith(trunk)}
     if not own:
         raise InputError(f"no reward head of objective '{objective}' among {len(tensors)} tensors")
     return own
+
+
+def adapters_of(tensors: Mapping[str, npt.NDArray[np.float32]], objective: str) -> Tensors:
+    """Return the adapters on one objective's trunk, by the names that they have on a base."""
+    prefix = trunk_prefix(objective)
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 @torch.no_grad()

@@ -153,7 +153,6 @@ def teach(judging: Judging, sets: PairSets, *, seed: int = SEED, steps: int = ST
 
 
 def assess(
-    judging: Judging,
     heads: Heads,
     model: PackedModel,
     prompts: Sequence[Prompt],
@@ -164,7 +163,6 @@ def assess(
     """Return what the judge says of a model that answers prompts greedily.
 
     Args:
-        judging: The trunk.
         heads: The judge's, of both objectives.
         model: With the modules that are judged.
         prompts: At least 1; of one that is too long, the end is answered.
@@ -197,7 +195,7 @@ def assess(
         asked,
         answers,
         end_token=base.end_token,
-        token_features=judging.trunk.token_features,
+        token_features=heads.token_features,
         scores={name: heads.score(name) for name in OBJECTIVES},
     )
     means = mean_scores(found)

@@ -1,22 +1,25 @@
-"""Reward models as a run uses them: a trunk, the heads on it, and the scale of their scores.
+"""Reward models as a run uses them: a trunk, what is on it, and the scale of their scores.
 
-The trunk is the bare base at one precision for the whole run, so that a head that was averaged over
-devices reads the same features on each of them; scores are put on one scale by the reference set.
+The trunk is the frozen base at one precision for the whole run, so that a reward model that was
+averaged over devices reads the same features on each of them; scores are put on one scale by the
+reference set. It is bare, and then one pass serves all reward models; or every reward model has
+adapters on it, and reads for itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 from torch import Tensor
 
 from device_profiles.methods import Objective
-from device_profiles.reward_heads import HIDDEN, head_tensors
-from edge_client.data.prompts import encode_example
+from device_profiles.modules import BaseShape
+from device_profiles.reward_heads import reward_tensors
+from edge_client.data.prompts import Encoded, encode_example
 from edge_client.peft.packed_model import PackedModel
 from edge_client.reward.features import Trunk
-from edge_client.reward.head import Head, of_objective
+from edge_client.reward.head import Head, adapters_of, of_objective
 from edge_client.reward.reference import load_reference
 from edge_client.reward.scale import Scale
 from messaging.layout import Layout, Tensors, Vector
@@ -31,7 +34,7 @@ class Heads:
     Args:
         tensors: Of all of them, by name.
         objectives: That are among them.
-        reference: Features of the reference set. Shape (N, F).
+        judging: The trunk that they read, and the reference set.
 
     Attributes:
         scales: Of their scores on the reference set.
@@ -42,17 +45,19 @@ class Heads:
 
     build = staticmethod(Head)
 
-    def __init__(
-        self, tensors: Tensors, objectives: Sequence[Objective], reference: Tensor
-    ) -> None:
+    def __init__(self, tensors: Tensors, objectives: Sequence[Objective], judging: Judging) -> None:
+        self._all, self._judging = tensors, judging
         self._tensors: dict[str, Tensors] = {
             name: of_objective(tensors, name) for name in objectives
         }
-        self._heads = {name: Head(own).to(reference.device) for name, own in self._tensors.items()}
-        self.scales = {name: Scale.of(head, reference) for name, head in self._heads.items()}
+        self._heads = {n: Head(own).to(judging.device) for n, own in self._tensors.items()}
+        self.scales = {
+            name: Scale.of(head, judging.reference_features(tensors, name))
+            for name, head in self._heads.items()
+        }
 
     def tensors(self, objective: str) -> Tensors:
-        """Return a reward model's tensors by name."""
+        """Return a head's tensors by name."""
         return self._tensors[objective]
 
     def score(self, objective: str) -> Callable[[Tensor], Tensor]:
@@ -60,41 +65,92 @@ class Heads:
         head, scale = self._heads[objective], self.scales[objective]
         return lambda features: (head(features) - scale.mean) / scale.deviation
 
+    def token_features(self, examples: Sequence[Encoded]) -> tuple[Mapping[str, Tensor], list[int]]:
+        """Return what each objective's reward model reads at every place, and the places of each.
+
+        Example after example, shape (P, F) for each objective: the same tensor for all of them on
+        a bare trunk, which goes through the examples once.
+        """
+        found: dict[str, Tensor] = {}
+        lengths: list[int] = []
+        for name in self._heads:
+            if found and not self._judging.adapter_size:
+                found[name] = next(iter(found.values()))
+                continue
+            trunk = self._judging.trunk_of(self._all, name)
+            found[name], lengths = trunk.token_features(examples)
+        return found, lengths
+
 
 class Judging:
     """A trunk, and the reference set in its features.
 
     Args:
         base: At the run's trunk precision; it is read, not changed.
+        adapter_size: Bottleneck size of the adapters that each reward model has on it; 0 for none.
+
+    Attributes:
+        model: The base with room for the adapters of one reward model at a time.
+        trunk: Reads features with whatever is on ``model``.
     """
 
-    def __init__(self, base: FrozenBase) -> None:
-        self.base = base
-        bare = PackedModel(base, adapter_size=0, placement="qkv", lora_count=0, lora_rank=1)
-        self.trunk = Trunk(bare)
+    def __init__(self, base: FrozenBase, *, adapter_size: int = 0) -> None:
+        self.base, self.adapter_size = base, adapter_size
+        self.model = PackedModel(
+            base, adapter_size=adapter_size, placement="qkv", lora_count=0, lora_rank=1
+        )
+        self.trunk = Trunk(self.model)
+        self.device = self.model.device
         self._known: tuple[bytes, Heads] | None = None
 
+    def trunk_of(self, tensors: Tensors, objective: str) -> Trunk:
+        """Return the trunk as an objective's reward model reads it, until the next is asked for.
+
+        Args:
+            tensors: Of reward models, by name.
+            objective: Whose adapters go on it, if this run's trunk has any.
+        """
+        if self.adapter_size:
+            self.model.put(adapters_of(tensors, objective))
+        return self.trunk
+
+    def reads(self, objectives: Sequence[Objective]) -> int:
+        """Return how often a response goes through the trunk until all have scored it."""
+        return len(objectives) if self.adapter_size else 1
+
+    def reference_features(self, tensors: Tensors, objective: str) -> Tensor:
+        """Return the public reference set as a reward model reads it. Shape (N, F)."""
+        if not self.adapter_size:
+            return self._bare_reference
+        return self.trunk_of(tensors, objective).response_features(self._reference)
+
     @cached_property
-    def reference_features(self) -> Tensor:
-        """Of the public reference set. Shape (N, F)."""
+    def _reference(self) -> list[Encoded]:
         most = min(_MOST_TOKENS, self.base.identity.positions)
         rows = load_reference().examples
-        encoded = [encode_example(row, self.base.tokenizer, most) for row in rows]
-        return self.trunk.response_features(encoded)
+        return [encode_example(row, self.base.tokenizer, most) for row in rows]
+
+    @cached_property
+    def _bare_reference(self) -> Tensor:
+        return self.trunk.response_features(self._reference)
 
     def unpack(self, vector: Vector | None, objectives: Sequence[Objective]) -> Tensors | None:
         """Return the reward models that a packed vector holds, by tensor name; none for none."""
-        return None if vector is None else heads_layout(objectives, self.trunk.width).unpack(vector)
+        if vector is None:
+            return None
+        shape = self.base.identity.shape
+        return reward_layout(objectives, shape, self.adapter_size).unpack(vector)
 
     def heads(self, tensors: Tensors, objectives: Sequence[Objective]) -> Heads:
         """Return the reward models of these tensors; those that were asked for last are kept."""
         key = b"".join(t.tobytes() for t in tensors.values())
         if self._known is None or self._known[0] != key:
-            self._known = key, Heads(tensors, objectives, self.reference_features)
+            self._known = key, Heads(tensors, objectives, self)
         return self._known[1]
 
 
-def heads_layout(objectives: Sequence[Objective], width: int) -> Layout:
+def reward_layout(
+    objectives: Sequence[Objective], base: BaseShape, adapter_size: int = 0
+) -> Layout:
     """Return the order of the reward models' tensors in a packed vector."""
-    tensors = [t for name in objectives for t in head_tensors(name, width, HIDDEN)]
-    return Layout.of(tensors)
+    return Layout.of(t for name in objectives for t in reward_tensors(name, base, adapter_size))

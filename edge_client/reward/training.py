@@ -6,6 +6,7 @@ Shape letters: N pairs, F features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from messaging.layout import Tensors
 LEARNING_RATE = 3e-4
 WEIGHT_DECAY = 10.0
 _DIVERGED = 1e6  # nats, as of instruction tuning
-_UNSEEN = ".outer.bias"  # it cancels in a difference, so it gets no gradient and stays
+UNSEEN = ".outer.bias"  # it cancels in a difference, so it gets no gradient and stays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +30,18 @@ class HeadTraining:
     """What some steps gave.
 
     Attributes:
-        tensors: Every tensor of the head.
+        tensors: Every tensor of the head, and of the adapters on its trunk where those train.
         moments: To go on with.
         loss: Mean over the steps, nats a pair.
         pairs: That went through the head.
+        tokens: Of both sides that went through the trunk and back: 0 where it stays as it is.
     """
 
     tensors: Tensors
     moments: Moments
     loss: float
     pairs: int
+    tokens: int = 0
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tensor:
@@ -88,7 +91,7 @@ def train_head(
     """
     head = Head(tensors)
     _check(head, chosen, rejected)
-    _check_numbers(
+    check_numbers(
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -99,7 +102,7 @@ def train_head(
     trained = {
         name: parameter
         for name, parameter in zip(tensors, head.parameters(), strict=True)
-        if not name.endswith(_UNSEEN)
+        if not name.endswith(UNSEEN)
     }
     for parameter in trained.values():
         parameter.requires_grad_(True)
@@ -120,11 +123,7 @@ def train_head(
         loss.backward()  # type: ignore[no-untyped-call]
         descent.step()
         losses.append(loss.item())
-        if not losses[-1] < _DIVERGED:
-            raise InputError(
-                f"learning_rate = {learning_rate:g}: the reward head's loss is {losses[-1]:g} at "
-                f"step {len(losses)}; choose a lower one"
-            )
+        check_loss(losses, learning_rate)
     return HeadTraining(
         tensors=head.take(),
         moments=descent.moments(),
@@ -146,7 +145,25 @@ def _check(head: Head, chosen: Tensor, rejected: Tensor) -> None:
         )
 
 
-def _check_numbers(**given: float) -> None:
+def check_loss(losses: Sequence[float], learning_rate: float) -> None:
+    """Refuse to go on after a step whose loss is beyond all reason.
+
+    Raises:
+        InputError: Then.
+    """
+    if not losses[-1] < _DIVERGED:
+        raise InputError(
+            f"learning_rate = {learning_rate:g}: the reward head's loss is {losses[-1]:g} at "
+            f"step {len(losses)}; choose a lower one"
+        )
+
+
+def check_numbers(**given: float) -> None:
+    """Refuse settings of reward learning, by name, that are out of their ranges.
+
+    Raises:
+        InputError: Naming setting, value and bound.
+    """
     bounds = {
         "steps": (1, "at least 1"),
         "batch_size": (1, "at least 1"),

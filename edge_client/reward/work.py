@@ -1,12 +1,14 @@
-"""Reward learning on one client: the heads of its objectives, on its own preference pairs.
+"""Reward learning on one client: the reward models of its objectives, on its own preference pairs.
 
-The trunk is frozen, so what it says of a pair is computed once and kept for all rounds.
+What a bare trunk says of a pair is computed once and kept for all rounds. Where the reward models
+have adapters on it, every step goes through it and back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from edge_client.data.instructions import Example
 from edge_client.data.preferences import Pair
 from edge_client.data.prompts import Encoded, encode_example
 from edge_client.descent import Moments
+from edge_client.progress import Interruption
+from edge_client.reward.adapted import train_adapted
 from edge_client.reward.evaluation import evaluate_pairs
 from edge_client.reward.head import Head, of_objective, scores
 from edge_client.reward.judging import Judging
@@ -27,27 +31,34 @@ from messaging.protocol import DeviceRecord, PairFigures, Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Read:
-    """Pairs as the trunk reads them: features (N, F) and response tokens of each side."""
+class _Sides:
+    """Both sides of pairs, encoded."""
 
-    chosen: Tensor
-    rejected: Tensor
-    chosen_tokens: list[int]
-    rejected_tokens: list[int]
-    tokens: int
+    chosen: list[Encoded]
+    rejected: list[Encoded]
+
+    @property
+    def tokens(self) -> int:
+        """Of all of them."""
+        return sum(len(e.tokens) for e in [*self.chosen, *self.rejected])
+
+
+#: Features of both sides of pairs. Shapes (N, F), (N, F).
+_Features = tuple[Tensor, Tensor]
 
 
 class RewardWork:
     """One client's part of reward learning.
 
     Args:
-        judging: The trunk.
+        judging: The trunk; whether it has adapters says what is learned.
         objectives: Of the run's method.
-        layout: The heads that travel.
+        layout: The reward models that travel.
         device: Whose pairs they are.
         pairs: To learn from, by objective.
         held_out: To measure on, of other prompts.
         begin: Gives the state of a client that has trained in no stage yet.
+        interruption: Looked at before every step through the trunk.
     """
 
     def __init__(
@@ -60,17 +71,20 @@ class RewardWork:
         pairs: Mapping[Objective, list[Pair]],
         held_out: Mapping[Objective, list[Pair]],
         begin: Callable[[int], ClientState],
+        interruption: Interruption | None = None,
     ) -> None:
         self._judging = judging
         self._objectives = list(objectives)
         self._layout = layout
         self._device = device
         self._parts = {"train": pairs, "held_out": held_out}
-        self._read: dict[tuple[str, Objective, int], _Read] = {}
+        self._sides: dict[tuple[str, Objective, int], _Sides] = {}
+        self._bare: dict[tuple[str, Objective, int], _Features] = {}
+        self._interruption = interruption
         self.begin = begin
 
     def train(self, task: Task, state: ClientState, states: GlobalStates) -> Trained:
-        """Take the task's steps on each objective's head.
+        """Take the task's steps on each objective's reward model.
 
         Raises:
             InputError: If there are no reward models to start from, or training diverges.
@@ -80,15 +94,17 @@ class RewardWork:
         trained: Tensors = {}
         for result in done.values():
             trained |= result.tensors
-        # the trunk reads a pair once a run; a process that begins again does what is not counted
-        read = 0 if state.numbers else self._tokens(task)
         pairs = sum(result.pairs for result in done.values())
+        # a bare trunk reads a pair once a run; a process that begins again does what is not counted
+        reads = not self._judging.adapter_size and not state.numbers
         return Trained(
             state=replace(state, extra=_kept(done), numbers=_steps(done)),
             after=self._layout.pack(trained),
             loss=sum(result.loss * result.pairs for result in done.values()) / pairs,
             weight=self._device.preference_pairs,
-            read_tokens=read,
+            tokens=sum(result.tokens for result in done.values()),
+            rows=2 * pairs if self._judging.adapter_size else 0,
+            read_tokens=self._tokens(task) if reads else 0,
         )
 
     def evaluate(self, task: Task, state: ClientState, states: GlobalStates) -> Measured:
@@ -97,17 +113,20 @@ class RewardWork:
         Raises:
             InputError: If there are no reward models.
         """
-        del state  # a trunk without modules reads the pairs, and the heads are the run's
+        del state  # what reads the pairs is the run's: no module of the client's is on the trunk
         tensors = self._layout.unpack(self._shared(states))
         figures: dict[Objective, PairFigures] = {}
         for name in self._objectives:
-            read = self._features("held_out", name, task)
-            head = Head(of_objective(tensors, name)).to(read.chosen.device)
+            sides = self._encoded("held_out", name, task)
+            chosen, rejected = self._features("held_out", name, task, tensors)
+            head = Head(of_objective(tensors, name)).to(chosen.device)
             result = evaluate_pairs(
-                scores(head, read.chosen),
-                scores(head, read.rejected),
-                read.chosen_tokens,
-                read.rejected_tokens,
+                scores(head, chosen),
+                scores(head, rejected),
+                *(
+                    [len(e.tokens) - e.response_start for e in side]
+                    for side in (sides.chosen, sides.rejected)
+                ),
             )
             figures[name] = PairFigures(
                 pairs=result.pairs,
@@ -129,43 +148,53 @@ class RewardWork:
     def _learn(
         self, name: Objective, task: Task, tensors: Tensors, state: ClientState
     ) -> HeadTraining:
-        read = self._features("train", name, task)
-        own = of_objective(tensors, name)
-        return train_head(
-            own,
-            read.chosen,
-            read.rejected,
-            steps=task.local_steps,
-            batch_size=task.batch_size,
-            learning_rate=task.learning_rate,
-            margin=task.margin,
-            seed=task.seed,
-            words=(self._device.id, name, task.round),
-            moments=_moments(state, name),
+        how: dict[str, Any] = {
+            "steps": task.local_steps,
+            "batch_size": task.batch_size,
+            "learning_rate": task.learning_rate,
+            "margin": task.margin,
+            "seed": task.seed,
+            "words": (self._device.id, name, task.round),
+            "moments": _moments(state, name),
+        }
+        if not self._judging.adapter_size:
+            features = self._features("train", name, task, tensors)
+            return train_head(of_objective(tensors, name), *features, **how)
+        sides = self._encoded("train", name, task)
+        return train_adapted(
+            self._judging.model,
+            tensors,
+            list(zip(sides.chosen, sides.rejected, strict=True)),
+            objective=name,
+            interruption=self._interruption,
+            **how,
         )
 
-    def _features(self, part: str, name: Objective, task: Task) -> _Read:
-        base = self._judging.base
-        most = min(task.max_length, base.identity.positions)
-        key = part, name, most
-        if key not in self._read:
-            pairs = self._parts[part][name]
-            both = [
-                [_encoded(pair, side, base.tokenizer, most) for pair in pairs]
-                for side in ("chosen", "rejected")
-            ]
-            found = self._judging.trunk.response_features([*both[0], *both[1]])
-            self._read[key] = _Read(
-                chosen=found[: len(pairs)],
-                rejected=found[len(pairs) :],
-                chosen_tokens=[len(e.tokens) - e.response_start for e in both[0]],
-                rejected_tokens=[len(e.tokens) - e.response_start for e in both[1]],
-                tokens=sum(len(e.tokens) for side in both for e in side),
+    def _features(self, part: str, name: Objective, task: Task, tensors: Tensors) -> _Features:
+        """Return what a reward model reads of pairs; of a bare trunk it is kept for all rounds."""
+        key = part, name, task.max_length
+        if key in self._bare:
+            return self._bare[key]
+        sides = self._encoded(part, name, task)
+        trunk = self._judging.trunk_of(tensors, name)
+        found = trunk.response_features([*sides.chosen, *sides.rejected])
+        features = found[: len(sides.chosen)], found[len(sides.chosen) :]
+        if not self._judging.adapter_size:
+            self._bare[key] = features
+        return features
+
+    def _encoded(self, part: str, name: Objective, task: Task) -> _Sides:
+        base, key = self._judging.base, (part, name, task.max_length)
+        if key not in self._sides:
+            pairs, most = self._parts[part][name], min(task.max_length, base.identity.positions)
+            self._sides[key] = _Sides(
+                chosen=[_encoded(pair, "chosen", base.tokenizer, most) for pair in pairs],
+                rejected=[_encoded(pair, "rejected", base.tokenizer, most) for pair in pairs],
             )
-        return self._read[key]
+        return self._sides[key]
 
     def _tokens(self, task: Task) -> int:
-        return sum(self._features("train", name, task).tokens for name in self._objectives)
+        return sum(self._encoded("train", name, task).tokens for name in self._objectives)
 
 
 def _encoded(pair: Pair, side: str, tokenizer: object, most: int) -> Encoded:

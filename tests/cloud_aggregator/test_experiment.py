@@ -63,6 +63,7 @@ def test_an_unknown_key_is_told_with_file_and_nearest(tmp_path: Path) -> None:
         ("epsilon", "nan"),
         ("held_out_share", 1),
         ("codec", "int5"),
+        ("reward_shares", "trunk"),
         ("channel", "wire"),
         ("priced_at", "gpt2-large"),
         ("priced_lora_rank", 7.5),
@@ -73,6 +74,11 @@ def test_an_unknown_key_is_told_with_file_and_nearest(tmp_path: Path) -> None:
 def test_a_value_out_of_its_bounds_is_told_with_key_and_value(key: str, value: object) -> None:
     said = refusal(**{key: value})
     assert f"options: {key} = {value!r}" in said
+
+
+def test_what_a_reward_model_may_share_is_told_with_the_choices() -> None:
+    said = refusal(reward_shares="all")
+    assert said == "options: reward_shares = 'all': Input should be 'head' or 'adapters'"
 
 
 @pytest.mark.parametrize(
@@ -142,6 +148,7 @@ def test_what_is_stored_is_the_experiment_again() -> None:
         {"lora_rank": 8},
         {"priced_at": "gpt2-small"},
         {"quorum": 0.5},
+        {"reward_shares": "adapters"},
         {"threads": 2},
         {"chunk_bytes": 61_440},
     ],

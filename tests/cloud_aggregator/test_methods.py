@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from cloud_aggregator.methods import (
     METHODS,
     ModuleShape,
     find_method,
+    initial_state,
     initial_tensors,
     own_layout,
     stage_layout,
 )
 from device_profiles.errors import InputError
-from device_profiles.methods import Method, held_tensors
+from device_profiles.methods import Method, RewardShares, held_tensors
 from device_profiles.modules import BaseShape, initial_lora, is_lora, lora_sites
 from edge_client.costs import own_layout as own_layout_of_a_device
 from edge_client.costs import stage_layout as device_layout
@@ -186,6 +188,45 @@ def test_device_and_cloud_hold_the_same_lists(name: str, count: int) -> None:
     device = device_layout("instruction", find_method(name), modules())
     assert device.sha256 == cloud.sha256
     assert own_layout_of_a_device(device, count).sha256 == own_layout(cloud, count).sha256
+
+
+# -- reward models -------------------------------------------------------------------------------
+
+
+def rewards(name: str, shares: RewardShares) -> Layout:
+    return stage_layout("reward", find_method(name), replace(modules(), reward_shares=shares))
+
+
+HEAD = 64 * 1537 + 2 * 64 + 1  # 64 units on 2*768 + 1 features
+
+
+@pytest.mark.parametrize(("name", "objectives"), [("pwff", 2), ("sfl", 1), ("fedlora", 2)])
+def test_what_travels_of_reward_models_is_heads_or_heads_and_adapters_and_never_lora(
+    name: str, objectives: int
+) -> None:
+    head, both = rewards(name, "head"), rewards(name, "adapters")
+    assert (head.size, both.size) == (objectives * HEAD, objectives * (HEAD + ADAPTERS))
+    assert head.names < both.names
+    more = both.names - head.names
+    assert len(more) == objectives * 144
+    for tensor in more:
+        reward, _, adapter = tensor.partition(".trunk.")
+        assert reward in ("reward.helpfulness", "reward.harmlessness")
+        assert ADAPTER_NAME.fullmatch(adapter)
+    assert own_layout(both, 0) == both  # every device holds all of it, whatever LoRA it has
+
+
+@pytest.mark.parametrize("shares", ["head", "adapters"])
+def test_reward_models_begin_with_exactly_the_tensors_that_travel_and_change_nothing(
+    shares: RewardShares,
+) -> None:
+    shape = replace(modules(), reward_shares=shares)
+    first = initial_state("reward", find_method("pwff"), shape, seed=3)
+    assert set(first) == rewards("pwff", shares).names
+    assert not any(t.any() for n, t in first.items() if ".trunk." in n and ".up." in n)
+    downs = [t for n, t in first.items() if n.endswith(".down.weight")]
+    assert all(t.any() for t in downs)
+    assert len(downs) == (72 if shares == "adapters" else 0)
 
 
 # -- where a run begins ---------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_only_the_newest_session_speaks(registry: Registry) -> None:
     ("changes", "code", "remedy"),
     [
         ({"binding": "0" * 64}, "base", "give it the run's model and placement"),
-        ({"layout": "0" * 64}, "layout", "compare method and adapter size"),
+        ({"layout": "0" * 64}, "layout", "compare method, stages, reward_shares and ad"),
         ({"device": None}, "identity", "without a record"),
         ({"device": device("b")}, "identity", "record of the device that sends it"),
     ],

@@ -99,6 +99,7 @@ def test_a_store_of_no_known_kind_ends_the_service_before_it_begins(tmp_path: Pa
         ("3600", '3600\nplacement = "all"', "unknown LoRA placement 'all'"),
         ("3600", "3600\nlearning_rate = 0", "learning_rate = 0"),
         ("3600", "3600\nchunk_bytes = 1000", "chunk_bytes = 1000"),
+        ("3600", '3600\nreward_shares = "trunk"', "reward_shares = 'trunk'"),
         ("3600", "3600\ngrants = 64", "grants = 64 uploads of window = 16"),
         ("3600", "3600\nbroker_queue = 100", "the broker queues 100 messages"),
         ("3600", '3600\nchunk_bytes = "tiny"', "unknown chunk profile 'tiny'; choose one of"),
@@ -176,6 +177,7 @@ def test_a_folder_with_another_run_is_not_gone_on_with(checkpoint: Path) -> None
         ("run", {"run": "other"}),
         ("method", {"method": "fedada"}),
         ("codec", {"codec": "int8"}),
+        ("reward_shares", {"reward_shares": "adapters"}),
         ("base", {"model": model.model_copy(update={"sha256": "0" * 64})}),
     ):
         kept = record_of(**{"model": model, "seed": 7, **changes})

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from device_profiles.channel import Link
-from device_profiles.methods import ModuleShape, Objective, find_method
+from device_profiles.methods import ModuleShape, Objective, RewardShares, find_method
 from device_profiles.modules import adapter_tensors, lora_sites, lora_tensors
 from device_profiles.profile import find_profile
-from device_profiles.reward_heads import HIDDEN, initial_heads
+from device_profiles.reward_heads import initial_rewards
 from edge_client.costs import stage_layout
 from edge_client.data.instructions import Example
 from edge_client.data.own_data import OwnData
@@ -24,7 +24,7 @@ from edge_client.data.prompt_files import Prompt
 from edge_client.local_client import LocalClient, Setup
 from edge_client.peft.packed_model import PackedModel
 from edge_client.peft.tuned_model import TunedModel
-from edge_client.reward.judging import Judging, heads_layout
+from edge_client.reward.judging import Judging, reward_layout
 from edge_client.state import StateStore
 from edge_client.works import build_works
 from messaging import topics
@@ -219,22 +219,25 @@ class Academy:
 
     Attributes:
         folder: Of the clients' folders, each named after its client.
+        reward_shares: What a reward model is made of, beside the trunk.
     """
 
     model: PackedModel
     judging: Judging
     folder: Path
+    reward_shares: RewardShares = "head"
 
     @property
     def shape(self) -> ModuleShape:
         """Modules of the run."""
-        return modules(self.model.base.identity)
+        return replace(modules(self.model.base.identity), reward_shares=self.reward_shares)
 
     def setup(self, method: str = "pwff") -> Setup:
         """Return what the clients of a run of three stages have in common."""
         names: tuple[Stage, ...] = ("instruction", "reward", "alignment")
         layouts = {name: stage_layout(name, find_method(method), self.shape) for name in names}
-        return replace(a_setup(layouts["instruction"], method=method), layouts=layouts)
+        setup = a_setup(layouts["instruction"], method=method)
+        return replace(setup, layouts=layouts, reward_shares=self.reward_shares)
 
     def make(
         self,
@@ -275,8 +278,9 @@ class Academy:
 
     def heads(self, *objectives: Objective) -> Vector:
         """Return reward models. Shape (layout size,)."""
-        tensors = initial_heads(objectives, self.shape.base.width, HIDDEN, seed=5)
-        return heads_layout(objectives, self.shape.base.width).pack(tensors)
+        base, size = self.shape.base, self.judging.adapter_size
+        tensors = initial_rewards(objectives, base, size, seed=5)
+        return reward_layout(objectives, base, size).pack(tensors)
 
 
 @pytest.fixture(scope="session")

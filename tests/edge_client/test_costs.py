@@ -6,6 +6,7 @@ Learning is on a base of twelve blocks of width 128. At GPT-2 small, 36 adapters
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -206,6 +207,46 @@ def test_a_method_that_trains_one_kind_is_charged_with_that_alone() -> None:
 
 
 # -- the way down ---------------------------------------------------------------------------------
+
+
+def with_adapters(method: str = "pwff") -> CostModel:
+    """Return the costs of a device whose reward models have adapters, priced at GPT-2 small."""
+    return CostModel(
+        method=METHODS[method],
+        modules=replace(modules(), reward_shares="adapters"),
+        parameters=3_000_000,
+        lora_count=36,
+        priced=cost_basis("gpt2-small", MINI, 96),
+        profile=find_profile("raspberry-pi-5-8gb"),
+        link=PAPER_LINK,
+        chunk_bytes=CHUNK_BYTES,
+    )
+
+
+def test_a_step_through_a_reward_models_trunk_is_priced_with_what_trains_there() -> None:
+    head = 64 * 1537 + 2 * 64 + 1
+    # LoRA is on no trunk; 4 examples of 32 tokens
+    flops = 128 * (4 * WEIGHTS + 6 * (head + ADAPTERS) + 12 * 12 * 32 * 768)
+    rate = find_profile("raspberry-pi-5-8gb").compute.flops
+    cost = with_adapters().compute(128, 4, stage="reward")
+    assert cost.seconds == pytest.approx(flops / rate)
+
+
+def test_an_update_of_reward_models_with_adapters_is_priced_with_all_of_both() -> None:
+    head, small = 64 * 1537 + 2 * 64 + 1, 64 * 257 + 2 * 64 + 1
+    learned = stage_layout("reward", METHODS["pwff"], replace(modules(), reward_shares="adapters"))
+    assert learned.size == 2 * (small + 36 * (2 * 128 * 10 + 10 + 128))
+    sent = with_adapters().uplink(
+        "reward",
+        4 * learned.size,  # as if without a header
+        "fp32",
+        generator=np.random.default_rng(0),
+        wait_until=0.0,
+    )
+    size = 2 * 4 * (head + ADAPTERS)
+    chunks = -(-size // (CHUNK_BYTES - 64))
+    # what a header of each layout may take differs by no more than a few bytes a tensor
+    assert sent.bits == pytest.approx(8 * (size + 64 * chunks), abs=8 * 2000)
 
 
 def test_a_download_takes_as_long_as_a_state_of_the_priced_shape() -> None:

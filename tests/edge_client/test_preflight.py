@@ -16,6 +16,7 @@ from edge_client.preflight import (
     client_memory,
     fleet_bytes,
     free_memory,
+    reward_memory,
 )
 
 GB = 10**9
@@ -156,6 +157,16 @@ def test_a_client_of_few_examples_is_held_by_its_held_out_results() -> None:
     eight = client_memory(SHAPE, 24, batch_size=8, max_length=256)
     assert one.kept == 0  # nothing is kept for a way back: sixteen examples go through at once
     assert eight.kept > 0
+
+
+def test_learning_through_a_trunk_takes_no_more_than_a_usual_step_of_instruction_tuning() -> None:
+    step = client_memory(SHAPE, 12, batch_size=4, max_length=256)
+    learning = reward_memory(SHAPE, max_length=256, precision="fp32")
+    assert learning.kept > 0  # the way back
+    assert 0.8 * step.total < learning.total < step.total  # as many tokens, but no LoRA
+    assert reward_memory(SHAPE, max_length=256, precision="int8").base < 0.3 * learning.base
+    # one pair of two sides at the least, however long they are
+    assert reward_memory(SHAPE, max_length=1024, precision="fp32").kept > learning.kept
 
 
 def test_text_is_never_longer_than_the_base_allows() -> None:

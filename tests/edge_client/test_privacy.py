@@ -84,6 +84,9 @@ def test_a_training_is_priced_by_what_its_task_asks_for() -> None:
     # 6 pairs have two sides, which are read
     told = withheld_training(trained(), a_task(stage="reward"))
     assert (told.rows, told.tokens, told.read_tokens) == (0, 0, 1152)
+    # through adapters on the trunks of two reward models, both learn from as many
+    told = withheld_training(trained(), a_task(stage="reward"), adapted_rewards=2)
+    assert (told.rows, told.tokens, told.read_tokens) == (24, 2304, 0)
     # 3 steps of 16 rollouts, and 3 steps of 2 pairs of two sides
     aligned = a_task(stage="alignment", alignment=AlignmentSettings(rollouts=16))
     assert withheld_training(trained(), aligned).rows == 48

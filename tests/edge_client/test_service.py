@@ -23,6 +23,7 @@ from device_profiles.reward_heads import head_tensors
 from edge_client import service
 from edge_client.data.instructions import kit_file
 from edge_client.host import Host
+from edge_client.reward.judging import reward_layout
 from edge_client.service import Client, load_client, take_part
 from edge_client.state import StateStore
 from messaging.chunks import Missing, chunk_count, make_chunk, parse_chunk
@@ -33,7 +34,14 @@ from messaging.memory import MemoryNetwork
 from messaging.protocol import Channel, Grant, Hello, Manifest, Offer, Preference, StateRef, Want
 from quantization.errors import BaseModelError, HubUnavailableError
 from quantization.identity import BaseIdentity, binding
-from tests.edge_client.conftest import EXAMPLES, WAIT_SECONDS, Cloud, a_task, adapter_layout
+from tests.edge_client.conftest import (
+    ADAPTER_SIZE,
+    EXAMPLES,
+    WAIT_SECONDS,
+    Cloud,
+    a_task,
+    adapter_layout,
+)
 
 NAME = "laptop-1"
 #: What the plans of these devices say; it is held by the tests of planning.
@@ -122,6 +130,7 @@ def test_what_is_not_given_has_its_default(write: Callable[..., Path]) -> None:
         ({"method": "shepherd", "stages": "instruction,reward"}, "instruction-tuned alone"),
         ({"private": True, "others_data": "kit"}, "others_data = 'kit' with private = true"),
         ({"trunk_precision": "int5"}, r"client\.toml: trunk_precision = 'int5'"),
+        ({"reward_shares": "trunk"}, r"client\.toml: reward_shares = 'trunk'"),
     ],
 )
 def test_a_configuration_that_is_wrong_is_refused_by_name(
@@ -323,6 +332,26 @@ def test_a_device_with_preference_pairs_says_how_many_and_how_it_scores(
     adapters = adapter_layout(identity)
     heads = Layout.of(t for n in OBJECTIVES for t in head_tensors(n, identity.shape.width))
     assert hello.layout == joint_sha256([adapters, heads, adapters])
+
+
+def test_a_device_whose_reward_models_have_adapters_is_not_in_a_run_whose_have_none(
+    write: Callable[..., Path], network: _Network, identity: BaseIdentity
+) -> None:
+    given = {"stages": ALL_STAGES, "helpfulness_data": "kit", "harmlessness_data": "kit"}
+    adapters = adapter_layout(identity)
+
+    def of_a_run(adapter_size: int) -> str:
+        rewards = reward_layout(OBJECTIVES, identity.shape, adapter_size)
+        return joint_sha256([adapters, rewards, adapters])
+
+    cloud = Cloud(network)
+    with taking_part(load_client(write(**given, reward_shares="adapters"))):
+        assert cloud.hear(Hello).layout == of_a_run(ADAPTER_SIZE)
+    cloud.post(a_manifest(identity, layout=of_a_run(0)))
+    with taking_part(load_client(write(**given, reward_shares="adapters"))) as result:
+        (reason,) = result.result(WAIT_SECONDS)
+    assert "shares other tensors than this device" in reason
+    assert "reward_shares" in reason
 
 
 def test_a_device_of_instruction_tuning_alone_scores_nothing(

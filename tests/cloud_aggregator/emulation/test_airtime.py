@@ -28,12 +28,23 @@ def test_adapters_take_their_bytes_at_the_rate_of_the_link() -> None:
 
 
 def test_reward_learning_says_what_every_choice_would_take() -> None:
-    # two heads of 64*(2*768+1) + 2*64 + 1 numbers: 787,976 bytes; with the adapters 3,111,848, and
-    # with 124,439,808 weights 498,547,208; 7, 26 and 4,060 chunks
+    # Two heads of 64*(2*768+1) + 2*64 + 1 numbers are 787,976 bytes in 7 chunks; with the adapters
+    # of each trunk, 2 * 580,968 numbers more, 5,435,720 bytes in 45; with both trunks' weights,
+    # 2 * 124,439,808 numbers more, 996,306,440 bytes in 8,113.
     assert said(stages="reward") == [
-        "Of reward learning, the heads travel: an upload is 788.0 kB, about 3.1 s on the air "
-        "(modelled, fp32); with adapters on the trunk it would be 3.1 MB, about 12.1 s on the air, "
-        "and with the whole trunk 498.5 MB, about 32 min on the air: neither is sent."
+        "Of reward learning, the heads alone travel: an upload is 788.0 kB, about 3.1 s on the air "
+        "(modelled, fp32); the heads and the adapters on each trunk (reward_shares = 'adapters') "
+        "would be 5.4 MB, about 21.1 s on the air, and the heads with whole trunks 996.3 MB, about "
+        "65 min on the air, which are not sent."
+    ]
+
+
+def test_with_adapters_on_the_trunks_an_upload_is_all_of_the_layout() -> None:
+    assert said(stages="reward", reward_shares="adapters") == [
+        "Of reward learning, the heads and the adapters on each trunk travel: an upload is 5.4 MB, "
+        "about 21.1 s on the air (modelled, fp32); the heads alone (reward_shares = 'head') would "
+        "be 788.0 kB, about 3.1 s on the air, and the heads with whole trunks 996.3 MB, about 65 "
+        "min on the air, which are not sent."
     ]
 
 

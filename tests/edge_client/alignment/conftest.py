@@ -110,7 +110,7 @@ class Bandit:
                 example=one_token(arm),
                 ended=True,
                 scores={name: pay[arm] for name, pay in pays.items()},
-                features=torch.ones(1, 1),
+                features={name: torch.ones(1, 1) for name in pays},
             )
             for arm in arms
         ]

@@ -156,7 +156,8 @@ def moved(bandit: Bandit) -> None:
 
 def some(bandit: Bandit, arms: Sequence[int]) -> list[Rollout]:
     """Return responses with scores of both objectives; the second was cut off."""
-    features = bandit.play(1, {}, np.random.default_rng(0))[0].features
+    pays = dict.fromkeys(("helpfulness", "harmlessness"), [0.0] * ARMS)
+    features = bandit.play(1, pays, np.random.default_rng(0))[0].features
     return [
         Rollout(
             example=one_token(arm),
@@ -217,7 +218,7 @@ def test_returns_are_advantages_plus_values_with_the_settings_discounts(bandit: 
         example=Encoded(tokens=np.array([PROMPT, 1, 2]), response_start=1),
         ended=True,
         scores={"helpfulness": 1.0},
-        features=torch.tensor([[2.0], [4.0]]),
+        features={"helpfulness": torch.tensor([[2.0], [4.0]])},
     )
     found = player.step([response], {"helpfulness": 1.0})
     assert found.value_losses["helpfulness"] == pytest.approx((0.75**2 + 9) / 4)

@@ -102,7 +102,7 @@ def test_one_update_follows_the_gradient_by_hand(bandit: Bandit) -> None:
             example=one_token(arm),
             ended=True,
             scores={"helpfulness": score},
-            features=torch.ones(1, 1),
+            features={"helpfulness": torch.ones(1, 1)},
         )
         for arm, score in zip(arms, scores, strict=True)
     ]
@@ -125,7 +125,7 @@ def test_answers_to_different_prompts_are_not_held_against_one_another(bandit: B
         example=Encoded(tokens=np.array([2, 1]), response_start=1),
         ended=True,
         scores={"helpfulness": 0.0},
-        features=torch.ones(1, 1),
+        features={"helpfulness": torch.ones(1, 1)},
     )
     for wrong in ([*rollouts[:3], stray], rollouts[:3]):
         with pytest.raises(InputError, match=r"response \d: samples = 2 responses to its prompt"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,17 +26,19 @@ class Response:
     ended: bool
 
 
-def token_features(examples: Sequence[Encoded]) -> tuple[Tensor, list[int]]:
+def token_features(examples: Sequence[Encoded]) -> tuple[Mapping[str, Tensor], list[int]]:
     """Return as a place's features the token that it has just read, and the one that it predicts.
 
-    The places of an example run from the last token of its prompt to the last but one of all.
+    Another objective reads the negatives. The places of an example run from the last token of its
+    prompt to the last but one of all.
     """
     rows, lengths = [], []
     for e in examples:
         places = range(e.response_start - 1, len(e.tokens) - 1)
         rows += [[float(e.tokens[p]), float(e.tokens[p + 1])] for p in places]
         lengths.append(len(places))
-    return torch.tensor(rows), lengths
+    read = torch.tensor(rows)
+    return {"helpfulness": read, "harmlessness": -read}, lengths
 
 
 def judge(answers: Sequence[Response]) -> list[Rollout]:
@@ -48,7 +50,7 @@ def judge(answers: Sequence[Response]) -> list[Rollout]:
         token_features=token_features,
         scores={
             "helpfulness": lambda x: 10 * x[:, 0] + x[:, 1],
-            "harmlessness": lambda x: -x[:, 0],
+            "harmlessness": lambda x: x[:, 0],
         },
     )
 
@@ -64,8 +66,9 @@ def test_the_end_token_is_an_action_of_a_response_that_ended_and_of_no_other() -
 
 def test_critics_see_the_state_before_each_action() -> None:
     ended, cut = judge([Response(np.array([5, 6]), True), Response(np.array([5, 6]), False)])
-    assert ended.features.tolist() == [[2, 5], [5, 6], [6, END]]
-    assert cut.features.tolist() == [[2, 5], [5, 6]]
+    assert ended.features["helpfulness"].tolist() == [[2, 5], [5, 6], [6, END]]
+    assert cut.features["helpfulness"].tolist() == [[2, 5], [5, 6]]
+    assert cut.features["harmlessness"].tolist() == [[-2, -5], [-5, -6]]
 
 
 def test_a_score_is_of_the_state_that_has_read_all_but_an_end_token() -> None:
@@ -78,7 +81,7 @@ def test_a_score_is_of_the_state_that_has_read_all_but_an_end_token() -> None:
 def test_the_shortest_response_is_an_end_token_alone() -> None:
     (found,) = judge([Response(np.array([], np.int64), True)])
     assert (found.actions, found.tokens) == (1, 0)
-    assert found.features.tolist() == [[2, END]]
+    assert found.features["helpfulness"].tolist() == [[2, END]]
 
 
 def test_an_empty_response_that_did_not_end_is_refused() -> None:

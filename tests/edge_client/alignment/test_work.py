@@ -13,13 +13,13 @@ from safetensors.numpy import load
 
 from device_profiles.errors import InputError
 from device_profiles.methods import OBJECTIVES, Objective
-from device_profiles.modules import first_lora_sites, lora_tensors
+from device_profiles.modules import BaseShape, first_lora_sites, lora_tensors
 from edge_client.alignment import work as work_module
 from edge_client.alignment.critic import Critic
 from edge_client.data.prompts import Encoded, encode_example, prompt
 from edge_client.inference.batched import generate
 from edge_client.reward.head import Head, of_objective, scores
-from edge_client.reward.judging import heads_layout
+from edge_client.reward.judging import Judging, reward_layout
 from edge_client.reward.reference import load_reference
 from edge_client.stage_work import GlobalStates
 from edge_client.state import ClientState, entering
@@ -28,6 +28,7 @@ from messaging.codecs import decode_blob
 from messaging.layout import Vector
 from messaging.protocol import AlignmentSettings, Preference, Task
 from tests.edge_client.conftest import (
+    ADAPTER_SIZE,
     EXAMPLES,
     RANK,
     Academy,
@@ -38,7 +39,7 @@ from tests.edge_client.conftest import (
 )
 
 DATA = own_data(OBJECTIVES)
-HEADS = heads_layout(OBJECTIVES, 16)
+HEADS = reward_layout(OBJECTIVES, BaseShape(layers=12, width=16, inner=64))
 NEW_TOKENS = 6
 
 
@@ -203,7 +204,7 @@ def test_critics_start_as_copies_of_the_reward_models_and_go_on_from_the_state(
     assert len(begun) == 4
     for name, first, second in zip(OBJECTIVES, begun[:2], begun[2:], strict=True):
         own = of_objective(heads, name)
-        raw = scores(Head(own), tuned.judging.reference_features)
+        raw = scores(Head(own), tuned.judging.reference_features(heads, name))
         assert {n: t.tobytes() for n, t in first["tensors"].items()} == {
             n: t.tobytes() for n, t in own.items()
         }
@@ -486,6 +487,53 @@ def test_what_is_trained_on_is_counted(
     else:  # each response four times forward
         epochs = 1 if settings.get("algorithm") == "rloo" else 4
         assert done.read_tokens == 4 * done.tokens / epochs
+
+
+def test_reward_models_with_adapters_are_read_each_by_itself_and_paid_for(tuned: Academy) -> None:
+    other = dataclasses.replace(
+        tuned,
+        judging=Judging(tuned.judging.base, adapter_size=ADAPTER_SIZE),
+        reward_shares="adapters",
+    )
+    # adapters that change nothing: the same bits come of it, at one more pass of the trunk
+    task = align(2, {"algorithm": "ppo"}, local_steps=1, learning_rate=1e-6)
+    state = entering(tuned.store().load(1), "alignment")
+    bare = tuned.make()._works["alignment"].train(task, state, given(tuned))
+    both = other.make()._works["alignment"].train(task, state, given(other))
+    assert both.tokens == bare.tokens
+    assert 4 * both.read_tokens == 5 * bare.read_tokens
+    assert bare.after is not None
+    assert both.after is not None
+    assert both.after.tobytes() == bare.after.tobytes()
+    assert {n: t.tobytes() for n, t in both.state.extra.items()} == {
+        n: t.tobytes() for n, t in bare.state.extra.items()
+    }
+
+
+def test_each_critic_reads_through_its_own_reward_models_adapters(tuned: Academy) -> None:
+    other = dataclasses.replace(
+        tuned,
+        judging=Judging(tuned.judging.base, adapter_size=ADAPTER_SIZE),
+        reward_shares="adapters",
+    )
+    states = given(other)
+    assert states.reward is not None
+    layout = other.setup().layouts["reward"]
+    task = align(2, {"algorithm": "ppo"}, local_steps=1, learning_rate=1e-6)
+    state = entering(tuned.store().load(1), "alignment")
+
+    def critics(reward: Vector) -> dict[str, bytes]:
+        moved = dataclasses.replace(states, reward=reward)
+        done = other.make()._works["alignment"].train(task, state, moved)
+        return {n: t.tobytes() for n, t in done.state.extra.items() if "/value/" in n}
+
+    changed = {
+        n: t + 0.3 if n.startswith("reward.helpfulness.trunk.") else t
+        for n, t in layout.unpack(states.reward).items()
+    }
+    before, after = critics(states.reward), critics(layout.pack(changed))
+    for name in before:
+        assert (before[name] == after[name]) == name.startswith("critic/harmlessness/"), name
 
 
 # -- what is not there -----------------------------------------------------------------------------

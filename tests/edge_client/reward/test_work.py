@@ -14,13 +14,14 @@ from torch import Tensor
 
 from device_profiles.errors import InputError
 from device_profiles.methods import OBJECTIVES, Objective
+from device_profiles.modules import BaseShape
 from device_profiles.reward_heads import head_tensors
 from edge_client.data.instructions import Example
 from edge_client.data.preferences import Pair
 from edge_client.data.prompts import Encoded, encode_example
 from edge_client.reward.evaluation import evaluate_pairs
 from edge_client.reward.head import Head, of_objective, scores
-from edge_client.reward.judging import heads_layout
+from edge_client.reward.judging import reward_layout
 from edge_client.reward.training import train_head
 from edge_client.reward.work import RewardWork
 from edge_client.stage_work import GlobalStates
@@ -32,7 +33,7 @@ from messaging.protocol import Task
 from tests.edge_client.conftest import Academy, a_device, a_task, own_data
 
 WIDTH = 16
-LAYOUT = heads_layout(OBJECTIVES, WIDTH)
+LAYOUT = reward_layout(OBJECTIVES, BaseShape(layers=12, width=WIDTH, inner=4 * WIDTH))
 DATA = own_data(OBJECTIVES)
 FRESH = ClientState(round=0, stage="reward", personal={"a.lora_A.weight": np.ones((2, 3), "f4")})
 

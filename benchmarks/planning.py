@@ -79,8 +79,11 @@ def increments() -> Iterator[tuple[str, Case, Case]]:
     for place in PLACES:
         for n, more in pairwise(COUNTS):
             yield "modules", replace(place, count=n), replace(place, count=more)
+        fewest, most = replace(place, count=COUNTS[0]), replace(place, count=COUNTS[-1])
+        yield "modules, 12 to 36", fewest, most
     for name, line in LINES.items():
-        for one, other in pairwise(line):
+        from_fp32 = name == "precision"  # the way from int8 to nf4 is a difference of differences
+        for one, other in ((line[0], at) for at in line[1:]) if from_fp32 else pairwise(line):
             for n in COUNTS:
                 yield name, replace(one, count=n), replace(other, count=n)
 
@@ -143,10 +146,11 @@ def steps(model: Any, state: Any, case: Case, count: int) -> Any:
 def child_memory(checkpoint: str, cases: list[Case]) -> list[dict[str, Any]]:
     """Return what every case takes, each twice in a process that is forked for it."""
     import torch
-    import transformers
+
+    import edge_client.service  # what a device imports
 
     torch.set_num_threads(1)
-    assert transformers.AutoTokenizer, "it is loaded when it is first used"
+    assert edge_client.service.take_part
     fork = multiprocessing.get_context("fork")
     found = []
     for case in cases:

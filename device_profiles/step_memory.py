@@ -35,8 +35,8 @@ EVALUATED_STATE_BYTES = 8  # of it, while held-out results are computed
 BEFORE_BYTES = 12  # of it, until the round is over: value and moments as they were before
 EVALUATION_EXAMPLES = 16  # at once
 
-#: Fitted, as are the holes: resident memory of an interpreter with torch and the tokenizers.
-RUNTIME_BYTES = 410_000_000
+#: Fitted, as are the holes: resident memory of a device's process, torch in it, without a base.
+RUNTIME_BYTES = 290_000_000
 #: Fitted. What the allocator holds beyond the tensors that come and go, as a share of those.
 HOLES_SHARE = 0.2
 

@@ -159,8 +159,10 @@ def test_held_out_results_make_the_tensors_that_are_counted(mini: FrozenBase) ->
 _PROCESS = """
 import ctypes, json, sys
 from pathlib import Path
-import torch, transformers
+import torch
+import edge_client.service
 from edge_client.data.packing import pack
+from edge_client.descent import Descent
 from edge_client.random_base import random_examples
 from edge_client.peft.packed_model import PackedModel
 from device_profiles.step_model import Pass
@@ -171,15 +173,14 @@ ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: freed blocks go back a
 torch.set_num_threads(1)
 base = load_frozen(identify("mini"))
 model = PackedModel(base, adapter_size=10, placement="wide", lora_count=24, lora_rank=16)
-parameter = model.parameter()
-optimiser = torch.optim.AdamW([parameter], lr=1e-6, fused=True)
+descent = Descent([model.parameter()], model.trainable(), learning_rate=1e-6)
 found = []
 for examples in (1, 1, 8, 16):
     pass_ = Pass(examples=examples, tokens=128, response=32)
     batch = pack(random_examples(pass_, 4096))
     Path("/proc/self/clear_refs").write_text("5")
     model.loss_gradient(batch, weight=1.0)
-    optimiser.step()
+    descent.step()
     lines = Path("/proc/self/status").read_text().splitlines()
     found.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
 print(json.dumps(found))

@@ -236,9 +236,12 @@ class LocalClient:
         with timed("training"):
             done = self._works[task.stage].train(task, before, states)
         if self._private:
-            adapted = self.setup.reward_shares == "adapters"
-            count = len(find_method(self.setup.method).objectives) if adapted else 0
-            done = withheld_training(done, task, adapted_rewards=count)
+            done = withheld_training(
+                done,
+                task,
+                rewards=len(find_method(self.setup.method).objectives),
+                adapted=self.setup.reward_shares == "adapters",
+            )
         state, blob = replace(done.state, round=task.round), None
         if states.shared is not None and done.after is not None:
             layout = self.setup.own_layout(task.stage, self.device.lora_count)

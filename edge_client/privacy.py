@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from device_profiles.errors import InputError
+from edge_client.alignment.settings import PpoSettings, RlooSettings
 from messaging.protocol import DeviceRecord, Task
 
 if TYPE_CHECKING:
@@ -41,26 +42,33 @@ def withheld(result: Result) -> Result:
     return type(result)(costs=result.costs, examples=1, blob=result.blob)
 
 
-def withheld_training(done: Trained, task: Task, *, adapted_rewards: int = 0) -> Trained:
+def withheld_training(
+    done: Trained, task: Task, *, rewards: int = 1, adapted: bool = False
+) -> Trained:
     """Return a training of weight 1 without its loss, priced by what the task asks for.
 
-    Rows count in full length, and a device with fewer examples than a batch as one that has enough.
+    Rows count in full length, a device with fewer examples than a batch as one that has enough, and
+    an update of a policy as one that goes through all its epochs.
 
     Args:
         done: What it gave.
         task: That asked for it.
-        adapted_rewards: Reward models whose trunk has adapters, which train: as many take the steps
-            of reward learning through it. 0 where the trunk is bare.
+        rewards: Reward models of the method.
+        adapted: Whether the trunk of each has adapters, which train with its head.
     """
     rows, read = task.local_steps * task.batch_size, 0
-    if task.stage == "reward" and adapted_rewards:  # both sides of every pair, there and back
-        rows = 2 * rows * adapted_rewards
-    elif task.stage == "reward":  # the trunk reads both sides of every pair, and trains nothing
-        rows, read = 0, 2 * rows
-    elif task.alignment is not None:
-        dpo = task.alignment.algorithm == "dpo"
-        rows = task.local_steps * (2 * task.batch_size if dpo else task.alignment.rollouts)
+    if task.stage == "reward":
+        sides = 2 * rows * rewards  # there and back where there are adapters; else they are read
+        rows, read = (sides, 0) if adapted else (0, sides)
+    elif task.alignment is not None and task.alignment.algorithm == "dpo":
+        rows *= 2
         read = rows  # the stage-1 policy reads what is trained on
+    elif task.alignment is not None:
+        drawn = task.local_steps * task.alignment.rollouts
+        ppo = task.alignment.algorithm == "ppo"
+        epochs = PpoSettings().epochs if ppo else RlooSettings().epochs
+        # drawn, and looked at by two policies and by the trunk: a bare one serves all rewards
+        rows, read = drawn * epochs, drawn * (3 + (rewards if adapted else 1))
     return replace(
         done,
         loss=None,

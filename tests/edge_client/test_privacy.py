@@ -81,17 +81,24 @@ def test_a_training_is_priced_by_what_its_task_asks_for() -> None:
     # 3 steps of batches of 2 in length 96
     told = withheld_training(trained(), a_task())
     assert (told.rows, told.tokens, told.read_tokens) == (6, 576, 0)
-    # 6 pairs have two sides, which are read
-    told = withheld_training(trained(), a_task(stage="reward"))
-    assert (told.rows, told.tokens, told.read_tokens) == (0, 0, 1152)
-    # through adapters on the trunks of two reward models, both learn from as many
-    told = withheld_training(trained(), a_task(stage="reward"), adapted_rewards=2)
+    # 6 pairs for each of two reward models have two sides, which are read
+    told = withheld_training(trained(), a_task(stage="reward"), rewards=2)
+    assert (told.rows, told.tokens, told.read_tokens) == (0, 0, 2304)
+    # through adapters on the trunks, both learn from as many
+    told = withheld_training(trained(), a_task(stage="reward"), rewards=2, adapted=True)
     assert (told.rows, told.tokens, told.read_tokens) == (24, 2304, 0)
-    # 3 steps of 16 rollouts, and 3 steps of 2 pairs of two sides
+    # 3 steps of 16 rollouts, four epochs of PPO and one of RLOO; drawn, two policies, the trunk
     aligned = a_task(stage="alignment", alignment=AlignmentSettings(rollouts=16))
-    assert withheld_training(trained(), aligned).rows == 48
+    told = withheld_training(trained(), aligned, rewards=2)
+    assert (told.rows, told.read_tokens) == (4 * 48, 4 * 48 * 96)
+    told = withheld_training(trained(), aligned, rewards=2, adapted=True)
+    assert (told.rows, told.read_tokens) == (4 * 48, 5 * 48 * 96)
+    without = AlignmentSettings(algorithm="rloo", rollouts=16)
+    told = withheld_training(trained(), a_task(stage="alignment", alignment=without), rewards=2)
+    assert (told.rows, told.read_tokens) == (48, 4 * 48 * 96)
+    # 3 steps of 2 pairs of two sides
     compared = a_task(stage="alignment", alignment=AlignmentSettings(algorithm="dpo"))
-    assert withheld_training(trained(), compared).rows == 12
+    assert withheld_training(trained(), compared, rewards=2).rows == 12
 
 
 @pytest.mark.parametrize(("held", "said"), [(0, 0), (1, 1), (700, 1)])

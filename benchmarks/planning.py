@@ -228,12 +228,10 @@ def yardstick() -> Callable[[], float]:
 def child_machine() -> dict[str, Any]:
     import torch
 
-    from edge_client.measure import copy_bandwidth, gemm_flops, unpack_rates
+    from edge_client.measure import copy_bandwidth, gemm_flops
 
     torch.set_num_threads(1)
-    rates = unpack_rates("cpu", 6.0, user_seconds, ("int8", "nf4"), "torch")
     return {
-        "unpack_rates": sorted(rates.items()),
         "flops": gemm_flops("cpu", 3.0, clock=user_seconds),
         "bandwidth": copy_bandwidth("cpu", 1.0, clock=user_seconds),
     }
@@ -383,14 +381,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         machine = None
         if both or arguments.time:
-            found = child("machine")
-            rates = tuple((name, rate) for name, rate in found.pop("unpack_rates"))
-            machine = Machine(**found, unpack_rates=rates)
+            machine = Machine(**child("machine"))
             print(
                 f"Large products {machine.flops / 1e9:.0f} GFLOP/s, copy "
-                f"{machine.bandwidth / 1e9:.1f} GB/s, unpacking "
-                + ", ".join(f"{name} {rate / 1e9:.2f}" for name, rate in rates)
-                + " billion weights/s, on one thread."
+                f"{machine.bandwidth / 1e9:.1f} GB/s, on one thread."
             )
         for name in arguments.shapes:
             checkpoint = make_gpt2_small(Path(folder) / name) if name == "gpt2-small" else name

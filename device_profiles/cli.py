@@ -34,7 +34,6 @@ _UNITS = {
 #: What a figure is where the file is silent.
 _DEFAULTS = {
     "compute.idle_watts": "default: not counted",
-    "compute.unpack_rates": "default: by the memory's bandwidth",
     "memory.reserved_bytes": "default, assumed: a quarter of the memory, at most 4 GB",
     "radio.circuit_watts": "default: not counted",
     "radio.receive_watts": "default: not counted",
@@ -117,10 +116,6 @@ def figures(profile: Profile) -> dict[str, str]:
             continue
         if isinstance(value, tuple):
             found[place] = ", ".join(value)
-        elif isinstance(value, Mapping):
-            found[place] = ", ".join(
-                f"{key} {with_unit(rate, '/s')}" for key, rate in value.items()
-            )
         elif name == "lora_count":
             found[place] = f"{value} modules"
         elif name == "snr_db":

@@ -7,7 +7,7 @@ instead (see ``units``).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -23,8 +23,6 @@ from device_profiles.units import (
     parse_figure,
 )
 
-#: What a base is held in that is not multiplied as it lies.
-Packed = Literal["bf16", "int8", "nf4"]
 MOST_RESERVED_BYTES = 4_000_000_000  # assumed: a desktop with a browser
 _CYCLES = "'kappa', 'flops_per_cycle' and 'frequency_hz'"
 
@@ -42,8 +40,6 @@ class Compute(Config):
         flops: Sustained FLOP/s in fp32 training, > 0.
         watts: Power of the whole device at that rate, > 0.
         idle_watts: Power while it waits, 0 to ``watts``; 0 where it is not counted.
-        unpack_rates: Weights of a base that are unpacked for a product in a second, > 0, by
-            precision, as measured; one that is not stated follows from the memory's bandwidth.
     """
 
     kappa: Plain | None = None
@@ -52,7 +48,6 @@ class Compute(Config):
     flops: FlopRate = Field(description=f"it with 'watts', or {_CYCLES} in place of both")
     watts: Annotated[Power, Field(gt=0)]
     idle_watts: Power = 0.0
-    unpack_rates: dict[Packed, Annotated[Plain, Field(gt=0)]] | None = None
 
     @model_validator(mode="before")
     @classmethod

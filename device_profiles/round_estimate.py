@@ -130,15 +130,6 @@ def upload_bits(shape: StepShape, codec: str) -> float:
     return bits * sum(t.size for t in tensors) + 32 * scales
 
 
-def machine_of(profile: Profile) -> Machine:
-    """Return what computes a step on a device."""
-    return Machine(
-        flops=profile.compute.flops,
-        bandwidth=profile.memory.bandwidth,
-        unpack_rates=tuple(sorted((profile.compute.unpack_rates or {}).items())),
-    )
-
-
 def round_estimate(
     profile: Profile, job: Job, link: Link, lora_count: int, setting: Setting
 ) -> RoundEstimate:
@@ -153,7 +144,7 @@ def round_estimate(
         shape,
         lora_count,
         job.typical(examples, length),
-        machine_of(profile),
+        Machine(flops=profile.compute.flops, bandwidth=profile.memory.bandwidth),
         passes=math.ceil(job.batch_size / examples),
         **way,
     ).total

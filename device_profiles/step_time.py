@@ -35,8 +35,6 @@ UNPACKED_BYTES = {"fp32": 0.0, "bf16": 3.1, "int8": 2.1, "nf4": 8.8}
 #: A product with an unpacked weight goes over its result for the bias, or for zeros and a sum;
 #: with int8 a scale is in its way too.
 _PASSES_OVER_RESULT = {"fp32": 0, "bf16": 2, "int8": 3, "nf4": 2}
-#: Of a weight, as it is held; of nf4, with the scales.
-_HELD_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5625}
 _STATE_MOVES = 11  # of each trainable number: cleared, norm, clipped, AdamW (reads 4, writes 3)
 
 
@@ -48,13 +46,11 @@ class Machine:
         flops: FLOP/s, sustained, of large fp32 products, > 0.
         bandwidth: Of memory, bytes read and bytes written counted each, > 0.
         overhead_seconds: Of a pass, besides, >= 0.
-        unpack_rates: (precision, weights/s) of those whose unpacking was measured, > 0.
     """
 
     flops: float
     bandwidth: float
     overhead_seconds: float = PASS_OVERHEAD_SECONDS
-    unpack_rates: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +101,6 @@ def step_seconds(
     """
     multiplied = moved = unpacked = 0.0
     other = _moves(shape, lora_count, pass_, checkpoint=checkpoint)
-    rate = dict(machine.unpack_rates).get(precision)
-    # A rate was measured with the product and in the cache: what goes over the result is in it, and
-    # what a packed weight saves on its way through memory is not.
-    saved = 0.0 if rate is None else NUMBER_BYTES - _HELD_BYTES[precision]
-    passes_over_result = _PASSES_OVER_RESULT[precision] if rate is None else 0
     chunks = math.ceil(pass_.wanted * shape.vocabulary / HEAD_CHUNK_NUMBERS)
     for product in products(shape, lora_count, pass_, checkpoint=checkpoint):
         multiplied += product.flops
@@ -117,15 +108,13 @@ def step_seconds(
         if product.frozen:
             head = shape.vocabulary in (product.inner, product.columns)
             unpacked += product.times * product.inner * product.columns * (chunks if head else 1)
-            moved -= saved * product.times * product.inner * product.columns
-            other += passes_over_result * product.times * product.rows * product.columns
+            other += _PASSES_OVER_RESULT[precision] * product.times * product.rows * product.columns
     state = NUMBER_BYTES * _STATE_MOVES * trainable_parameters(shape, lora_count)
     copied = 1 / machine.bandwidth
-    weight = UNPACKED_BYTES[precision] * copied if rate is None else 1 / rate
     return StepSeconds(
         products=passes * (multiplied / machine.flops + PRODUCT_MOVES * moved * copied),
         moves=(passes * OTHER_MOVES * NUMBER_BYTES * other + state) * copied,
-        unpacking=passes * unpacked * weight,
+        unpacking=passes * UNPACKED_BYTES[precision] * unpacked * copied,
         overhead=passes * machine.overhead_seconds,
     )
 

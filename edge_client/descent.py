@@ -91,7 +91,7 @@ class Descent:
         """Take the step: torch's own kernel, without the class around it.
 
         That class imports the compiler when it is made, 0.7 s and 30 MB of a process that never
-        compiles (torch 2.13, a Xeon).
+        compiles (torch 2.13, an AMD EPYC).
         """
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         beta1, beta2 = _BETAS

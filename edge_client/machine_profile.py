@@ -106,8 +106,6 @@ def machine_profile(
     """
     measured = f"measured on this machine, {stamp}"
     compute: dict[str, Any] = {"flops": round(speed.flops), "watts": round(power.watts, 2)}
-    if speed.unpack_rates:
-        compute["unpack_rates"] = {name: round(rate) for name, rate in speed.unpack_rates.items()}
     if power.idle_watts is not None:
         compute["idle_watts"] = round(power.idle_watts, 2)
     sources = {
@@ -120,10 +118,6 @@ def machine_profile(
         "precisions": f"{measured}: tried",
         "backends": f"{measured}: what torch sees",
     }
-    if speed.unpack_rates:
-        sources["compute.unpack_rates"] = (
-            f"{measured}: what a product with a packed weight takes more than with one in fp32"
-        )
     if power.idle_watts is not None:
         sources["compute.idle_watts"] = sources["compute.watts"]
     for field in _PAPER_RADIO:

@@ -7,10 +7,9 @@ measurement only ever makes it slower.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from statistics import median
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from device_profiles.errors import InputError
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from quantization.frozen_gpt2 import FrozenBase
 
 Clock = Callable[[], float]
-PACKED = ("bf16", "int8", "nf4")
 
 GEMM = (2048, 768, 2304)  # 2,048 rows through GPT-2 small's query, key and value
 COPY_BYTES = 2**28
@@ -39,8 +37,7 @@ STEP_SHAPE = StepShape(
 )
 STEP_LORA = 6
 _LEAST_REPEATS = 3
-_RUNS = {"gemm": 0.2, "copy": 0.1, "unpack": 0.2, "step": 0.35, "mini": 0.15}  # shares of the time
-UNPACKED = (2304, 768)  # GPT-2 small's query, key and value, in two products of 256 rows
+_RUNS = {"gemm": 0.2, "copy": 0.1, "step": 0.5, "mini": 0.2}  # shares of the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +72,6 @@ class Speed:
         flops: Of the products inside of a training step of GPT-2's width, FLOP/s.
         step: That step.
         mini: One of the bundled base.
-        unpack_rates: Weights/s that are unpacked for a product, by precision.
     """
 
     gemm_flops: float
@@ -83,7 +79,6 @@ class Speed:
     flops: float
     step: Step
     mini: Step
-    unpack_rates: dict[str, float] = field(default_factory=dict)
 
 
 def least_seconds(work: Callable[[], object], budget_seconds: float, clock: Clock) -> float:
@@ -129,60 +124,6 @@ def copy_bandwidth(device: str, budget_seconds: float, clock: Clock = time.perf_
         _wait(device)
 
     return 2 * COPY_BYTES / least_seconds(work, budget_seconds, clock)
-
-
-def unpack_rates(
-    device: str,
-    budget_seconds: float,
-    clock: Clock = time.perf_counter,
-    precisions: Sequence[str] = PACKED,
-    backend: str | None = None,
-) -> dict[str, float]:
-    """Return how many weights are unpacked for a product in a second, by precision.
-
-    A product with the held weight and one with its transpose are timed in turn with those of the
-    same weight in fp32; what they take more, in the median, is the unpacking: a difference so small
-    is lost between the best of one and the best of the other. All of them are in the cache; what a
-    packed weight saves on its way through memory is ``step_time``'s to count. A precision that does
-    not run here, or takes no longer, is left out.
-
-    Args:
-        device: ``cpu`` or ``cuda``.
-        budget_seconds: For all of them; at least three repeats are made.
-        clock: Seconds.
-        precisions: To measure.
-        backend: As of ``quantization.precision.choose``.
-    """
-    import torch
-
-    from quantization.precision import choose
-
-    outputs, inputs = UNPACKED
-    weight = 0.02 * torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
-    forward = torch.ones(256, inputs, device=device)
-    backward = torch.ones(256, outputs, device=device)
-    plain = choose("fp32", device).hold(weight, device)
-    rates: dict[str, float] = {}
-    for precision in precisions:
-        try:
-            held = choose(precision, device, backend).hold(weight, device)
-        except InputError:
-            continue
-        more: list[float] = []
-        began = clock()
-        while len(more) <= _LEAST_REPEATS or clock() - began < budget_seconds / len(precisions):
-            took = []
-            for matrix in (plain, held):
-                started = clock()
-                matrix.times(forward)
-                matrix.times_transposed(backward)
-                _wait(device)
-                took.append(clock() - started)
-            more.append(took[1] - took[0])
-        unpacking = median(more[1:])  # the first warms up
-        if unpacking > 0:
-            rates[precision] = 2 * outputs * inputs / unpacking
-    return rates
 
 
 def sustained_flops(
@@ -238,7 +179,6 @@ def measure_speed(
     shares = {name: share * budget_seconds for name, share in _RUNS.items()}
     gemm = gemm_flops(device, shares["gemm"], clock)
     bandwidth = copy_bandwidth(device, shares["copy"], clock)
-    unpacking = unpack_rates(device, shares["unpack"], clock)
     large = TimedModel(
         base=random_base(STEP_SHAPE, torch.device(device)), shape=STEP_SHAPE, lora_count=STEP_LORA
     )
@@ -268,7 +208,6 @@ def measure_speed(
         flops=flops,
         step=step(large, taken, gemm),
         mini=step(small, time_step(small, pass_, shares["mini"], clock), flops),
-        unpack_rates=unpacking,
     )
 
 

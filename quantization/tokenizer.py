@@ -1,7 +1,7 @@
 """A base's tokenizer: text to token ids, read without transformers where its file says everything.
 
-Importing transformers' tokenizers takes a process 1.2 s and 60 MB, 3 s where the class is to be
-found (version 4.57): more than all else that a worker or a device does before its first step.
+Importing transformers' tokenizers takes a process 1.2 s and 60 MB, about as long as importing torch
+(transformers 4.57, torch 2.13, an AMD EPYC).
 """
 
 from __future__ import annotations

@@ -442,4 +442,4 @@ def test_a_profile_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path: P
 def test_places_are_those_of_the_file(tmp_path: Path) -> None:
     found = places(find_profile(moded(tmp_path)))
     assert {"lora_count", "compute.kappa", "memory.reserved_bytes", "modes.7w.watts"} <= set(found)
-    assert len(found) == len(set(found)) == 4 + 7 + 3 + 5 + 2 * 3
+    assert len(found) == len(set(found)) == 4 + 6 + 3 + 5 + 2 * 3

@@ -29,7 +29,6 @@ from edge_client.measure import (
     STEP_LORA,
     STEP_PASS,
     STEP_SHAPE,
-    UNPACKED,
     Speed,
     Step,
     copy_bandwidth,
@@ -37,7 +36,6 @@ from edge_client.measure import (
     least_seconds,
     measure_speed,
     sustained_flops,
-    unpack_rates,
 )
 from edge_client.measure_command import measure_command, this_machine
 from edge_client.preflight import FreeMemory
@@ -82,17 +80,6 @@ def test_rates_are_work_over_time() -> None:
     rows, inner, columns = GEMM
     assert gemm_flops("cpu", 0.0, ticking()) == 2 * rows * inner * columns
     assert copy_bandwidth("cpu", 0.0, ticking()) == 2 * COPY_BYTES
-
-
-def test_unpacking_is_what_a_product_takes_more_than_one_in_fp32() -> None:
-    seconds = itertools.chain([0.0], itertools.cycle([0.0, 1.0, 0.0, 3.0]))
-    outputs, inputs = UNPACKED
-    found = unpack_rates("cpu", 0.0, lambda: next(seconds), ["int8"])
-    assert found == {"int8": 2 * outputs * inputs / (3.0 - 1.0)}
-
-
-def test_a_precision_that_takes_no_longer_has_no_rate_of_unpacking() -> None:
-    assert unpack_rates("cpu", 0.0, ticking(), ["int8"]) == {}
 
 
 def test_the_sustained_rate_is_the_one_that_gives_the_step_its_time() -> None:

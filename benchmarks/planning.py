@@ -72,10 +72,12 @@ PLACES = list(dict.fromkeys(case for line in LINES.values() for case in line))
 
 
 def cases() -> list[Case]:
+    """Return every place at every count of modules."""
     return [replace(place, count=n) for place in PLACES for n in COUNTS]
 
 
 def increments() -> Iterator[tuple[str, Case, Case]]:
+    """Yield what an increment is over, and the cases that it is from and to."""
     for place in PLACES:
         for n, more in pairwise(COUNTS):
             yield "modules", replace(place, count=n), replace(place, count=more)
@@ -92,6 +94,7 @@ def increments() -> Iterator[tuple[str, Case, Case]]:
 
 
 def shape_of(base: Any) -> StepShape:
+    """Return a base's shape with the modules that are measured."""
     identity = base.identity
     return StepShape(
         base=identity.shape,
@@ -105,6 +108,7 @@ def shape_of(base: Any) -> StepShape:
 
 
 def prepare(checkpoint: str, precision: str) -> Any:
+    """Return a base on one thread, held by torch alone."""
     import torch
 
     from quantization.frozen_gpt2 import load_frozen
@@ -115,6 +119,7 @@ def prepare(checkpoint: str, precision: str) -> Any:
 
 
 def model_of(base: Any, shape: StepShape, count: int) -> Any:
+    """Return a base with so many modules on it."""
     from edge_client.peft.packed_model import PackedModel
 
     return PackedModel(
@@ -127,6 +132,7 @@ def model_of(base: Any, shape: StepShape, count: int) -> Any:
 
 
 def steps(model: Any, state: Any, case: Case, count: int) -> Any:
+    """Take so many optimiser steps of a case."""
     from edge_client.random_base import random_examples
     from edge_client.trainer import train
 
@@ -226,6 +232,7 @@ def yardstick() -> Callable[[], float]:
 
 
 def child_machine() -> dict[str, Any]:
+    """Return this machine's rates, by user time on one thread."""
     import torch
 
     from edge_client.measure import copy_bandwidth, gemm_flops
@@ -238,10 +245,12 @@ def child_machine() -> dict[str, Any]:
 
 
 def user_seconds() -> float:
+    """Return the user time of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
 
 def status(key: str) -> int:
+    """Return a figure of this process's status, bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return 1024 * int(line.split()[1])
@@ -252,6 +261,7 @@ def status(key: str) -> int:
 
 
 def child(work: str, **arguments: Any) -> Any:
+    """Return what a process of its own finds."""
     done = subprocess.run(
         [sys.executable, __file__, "--child", json.dumps({"work": work, **arguments})],
         check=True,
@@ -262,6 +272,7 @@ def child(work: str, **arguments: Any) -> Any:
 
 
 def make_gpt2_small(folder: Path) -> str:
+    """Write a GPT-2 small with random weights; return its folder."""
     make = (
         "import sys, torch, transformers as t; torch.manual_seed(0); "
         "t.GPT2LMHeadModel(t.GPT2Config()).save_pretrained(sys.argv[1])"
@@ -271,6 +282,7 @@ def make_gpt2_small(folder: Path) -> str:
 
 
 def as_shape(values: dict[str, Any]) -> StepShape:
+    """Return a shape that another process sent."""
     from device_profiles.modules import BaseShape
 
     return StepShape(**{**values, "base": BaseShape(**values["base"])})
@@ -302,6 +314,7 @@ def compare(
 
 
 def within(what: str, ratios: list[float], bound: float) -> None:
+    """Print how many ratios are within a bound."""
     good = sum(abs(ratio - 1) <= bound for ratio in ratios)
     print(
         f"\n{what}: {good} of {len(ratios)} within {bound:.0%} "
@@ -310,6 +323,7 @@ def within(what: str, ratios: list[float], bound: float) -> None:
 
 
 def measure_memory(name: str, checkpoint: str) -> None:
+    """Print the memory of every case, predicted and measured."""
     wanted = cases()
     rows = child("memory", checkpoint=checkpoint, cases=[asdict(case) for case in wanted])
     runtimes = [row[how]["runtime"] / 1e6 for row in rows for how in ("tight", "plain")]
@@ -337,6 +351,7 @@ def measure_memory(name: str, checkpoint: str) -> None:
 
 
 def measure_time(name: str, checkpoint: str, machine: Machine, repeats: int) -> None:
+    """Print the time of every case, predicted and measured."""
     wanted = cases()
     found = child(
         "time", checkpoint=checkpoint, cases=[asdict(case) for case in wanted], repeats=repeats

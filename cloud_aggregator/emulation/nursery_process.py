@@ -37,6 +37,8 @@ class _Process:
     def __init__(self) -> None:
         self._stock = Stock()
         self._numbers: dict[int, int] = {}  # by process id
+        # One that was let go of would be waited for by the next, and its end never told.
+        self._spawned: dict[int, subprocess.Popen[bytes]] = {}
         self._input, self._life = os.pipe()  # workers read the one until the other closes
         self._woken, self._wakes = os.pipe()
         for end in (self._woken, self._wakes):
@@ -80,7 +82,10 @@ class _Process:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            _say(number=self._numbers.pop(pid), code=os.waitstatus_to_exitcode(status))
+            code = os.waitstatus_to_exitcode(status)
+            if pid in self._spawned:
+                self._spawned.pop(pid).returncode = code
+            _say(number=self._numbers.pop(pid), code=code)
 
     def _fork(self, order: dict[str, Any]) -> int:
         self._take_stock(order)
@@ -112,13 +117,15 @@ class _Process:
     def _spawn(self, order: dict[str, Any]) -> int:
         command = [sys.executable, "-m", "cloud_aggregator.emulation.worker", order["spec"]]
         with Path(order["log"]).open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 stdin=self._input,
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **order["environment"]},
-            ).pid
+            )
+        self._spawned[process.pid] = process
+        return process.pid
 
     def _take_stock(self, order: dict[str, Any]) -> None:
         """Read what the worker needs, for all that come after it."""

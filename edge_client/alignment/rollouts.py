@@ -105,15 +105,13 @@ def judged(
 def paid(rollouts: Sequence[Rollout], objective: str, no_end_penalty: float) -> Stream:
     """Return each response's reward. Shape (B,).
 
-    That is its score; where it was cut off, the mean score of those that ended, plus the penalty.
-    Published runs have rewards with mean 0 over the policy's own responses, so that -1 is one
-    deviation below them. Scores here are centred on the public reference set, which is the same for
-    every device: against a policy whose scores lie far above it, a plain -1 would ask for an end at
-    any price.
+    That is its score, and the penalty where it was cut off. Published runs pay a cut-off response
+    the penalty alone, in rewards with mean 0 over the policy's own responses. Scores here are
+    centred on the public reference set, the same for every device, so that a policy's may lie far
+    above 0; and a device's responses are short, so that most are cut off: with one reward for all
+    of these, policies learned little but to end (docs/results.md).
     """
-    ended = [r.scores[objective] for r in rollouts if r.ended]
-    cut_off = (sum(ended) / len(ended) if ended else 0.0) + no_end_penalty
-    return np.array([r.scores[objective] if r.ended else cut_off for r in rollouts])
+    return np.array([r.scores[objective] + (0 if r.ended else no_end_penalty) for r in rollouts])
 
 
 def mean_scores(rollouts: Sequence[Rollout]) -> dict[str, float]:

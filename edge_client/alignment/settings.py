@@ -38,8 +38,8 @@ class RolloutSettings(Passes):
         rollouts: Responses a step.
         max_new_tokens: Of a response, the end token included.
         temperature: That logits are divided by, here and in every log-probability.
-        no_end_penalty: Deviations of the reward model's scores by which a response that did not
-            end by itself is paid less than the mean of those that did, whatever its own score.
+        no_end_penalty: Deviations of the reward model's scores that are added to the score of a
+            response that did not end by itself.
         kl_coefficient: Reward that a nat of KL from the reference costs, at the beginning.
         kl_target: Nats a response that the coefficient is adapted to; None keeps it fixed.
         kl_horizon: Responses over which an error of 1 would double it. The published 10,000 is of

@@ -89,8 +89,7 @@ def test_an_empty_response_that_did_not_end_is_refused() -> None:
         judge([Response(np.array([], np.int64), False)])
 
 
-def test_the_penalty_replaces_the_score_where_no_end_came_and_the_mean_leaves_it_out() -> None:
+def test_the_penalty_is_added_where_no_end_came_and_the_mean_leaves_it_out() -> None:
     rollouts = judge([Response(np.array([5]), True), Response(np.array([7]), False)])
-    assert paid(rollouts, "helpfulness", -1.0).tolist() == [59.0, 58.0]  # of those that ended: 59
-    assert paid(rollouts[1:], "helpfulness", -1.0).tolist() == [-1.0]  # none ended
+    assert paid(rollouts, "helpfulness", -1.0).tolist() == [59.0, 78.0]
     assert mean_scores(rollouts) == {"helpfulness": (59 + 79) / 2, "harmlessness": -6.0}

@@ -23,7 +23,7 @@ from cloud_aggregator.partials import ResumablePartial, adopt, held_pieces
 from cloud_aggregator.rounds import RoundRules, TrainingRound
 from cloud_aggregator.spool import Spool
 from cloud_aggregator.stale import Asked, ClosedRound, StaleUpdates
-from messaging.chunks import Chunk
+from messaging.chunks import Bytes, Chunk
 from messaging.codecs import BlobHeader, decode_blob, max_blob_bytes
 from messaging.errors import ProtocolError
 from messaging.layout import Layout, Vector
@@ -373,7 +373,7 @@ class Intake:
         contribution = Contribution(costs=report.costs, train_loss=report.train_loss)
         self._arrive(report.client, contribution, now)
 
-    def _complete(self, offer: Offer, blob: bytes) -> Done | Reject:
+    def _complete(self, offer: Offer, blob: Bytes) -> Done | Reject:
         try:
             contribution = self._read(offer, blob)
         except ProtocolError as err:
@@ -399,7 +399,7 @@ class Intake:
         if partial := self._partials.pop(offer.client, None):
             partial.discard()
 
-    def _keep_late(self, offer: Offer, blob: bytes, due_seconds: float = 0.0) -> None:
+    def _keep_late(self, offer: Offer, blob: Bytes, due_seconds: float = 0.0) -> None:
         if self._stale is None:
             return
         asked = _asked(self._client_of(offer))
@@ -407,7 +407,7 @@ class Intake:
         if staleness := self.number - offer.round:  # of this round, it is told when it arrives
             self._notify("stale", client=offer.client, round=offer.round, staleness=staleness)
 
-    def _read(self, offer: Offer, blob: bytes) -> Contribution:
+    def _read(self, offer: Offer, blob: Bytes) -> Contribution:
         header, vector = decode_blob(blob, self._client_of(offer).layout)
         self._check_header(header, offer)
         largest = float(max(vector.max(initial=0.0), -vector.min(initial=0.0)))

@@ -48,7 +48,7 @@ def _writing(path: Path) -> Iterator[None]:
         ) from err
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Put ``content`` at ``path``: the old file or the new, never a part, even after a crash.
 
     Raises:

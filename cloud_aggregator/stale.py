@@ -25,6 +25,7 @@ from cloud_aggregator.aggregation.asynchronous import MAX_STALENESS
 from cloud_aggregator.partials import ResumablePartial, adopt, held_pieces
 from cloud_aggregator.run_folder import write_atomically
 from device_profiles.errors import InputError
+from messaging.chunks import Bytes
 from messaging.protocol import Offer
 
 
@@ -153,7 +154,7 @@ class StaleUpdates:
         """Return whether an update is kept."""
         return self._note_path(round_, client).exists()
 
-    def keep(self, offer: Offer, blob: bytes, asked: Asked, *, due_seconds: float = 0.0) -> None:
+    def keep(self, offer: Offer, blob: Bytes, asked: Asked, *, due_seconds: float = 0.0) -> None:
         """Put a verified update on disk; the first one for its round stays.
 
         Args:

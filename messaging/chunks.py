@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import zlib
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field
+from zlib_ng import zlib_ng
 
 from messaging.errors import ProtocolError
+
+#: Bytes in memory, or a view of the file that they lie in.
+Bytes = bytes | memoryview
 
 MAGIC = b"PWFF"
 VERSION = 1
@@ -72,7 +75,7 @@ class Chunk:
     blob: str
     index: int
     count: int
-    payload: bytes
+    payload: memoryview
 
 
 def run_tag(run: str) -> bytes:
@@ -102,7 +105,7 @@ def make_chunk(run: str, blob_hash: str, blob: bytes, index: int, chunk_bytes: i
         index,
         chunk_count(len(blob), chunk_bytes),
         len(piece),
-        zlib.crc32(piece),
+        zlib_ng.crc32(piece),
     )
     return b"".join((header, piece))
 
@@ -124,10 +127,10 @@ def parse_chunk(run: str, packet: bytes) -> Chunk:
         raise ProtocolError("run", "chunk of another run")
     if not 1 <= count <= MAX_CHUNKS or index >= count:
         raise ProtocolError("chunk", f"chunk {index} of {count}; at most {MAX_CHUNKS} chunks")
-    payload = packet[HEADER_BYTES:]
+    payload = memoryview(packet)[HEADER_BYTES:]
     if len(payload) != length:
         raise ProtocolError("chunk", f"chunk says {length} bytes and carries {len(payload)}")
-    if zlib.crc32(payload) != crc:
+    if zlib_ng.crc32(payload) != crc:
         raise ProtocolError("chunk", f"chunk {index} is corrupted (CRC-32)")
     return Chunk(blob=blob.hex(), index=index, count=count, payload=payload)
 

@@ -7,16 +7,18 @@ inside a safetensors file whose metadata holds one JSON header. Nothing is ever 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from pydantic import Field, TypeAdapter
+from safetensors.numpy import save
 
+from messaging.chunks import Bytes
 from messaging.errors import ProtocolError
 from messaging.layout import Layout, TensorSpec, Vector
 from messaging.protocol import Codec, Count, Identifier, Loss, Record, Round, Sha256
@@ -24,6 +26,7 @@ from messaging.protocol import Codec, Count, Identifier, Loss, Record, Round, Sh
 Arrays = dict[str, npt.NDArray[np.generic]]
 
 _MAX_HEADER_BYTES = 16_384
+_KINDS = {"F32": "float32", "F16": "float16", "I8": "int8", "U8": "uint8"}  # of safetensors
 
 
 class BlobHeader(Record):
@@ -173,11 +176,66 @@ def max_blob_bytes(layout: Layout, codec: str) -> int:
     return _MAX_HEADER_BYTES + sum(np.dtype(kind).itemsize * shape[0] for kind, shape in arrays)
 
 
-def read_header(blob: bytes) -> BlobHeader:
+def read_header(blob: Bytes) -> BlobHeader:
     """Return the JSON header of a blob.
 
     Raises:
         ProtocolError: If it is no safetensors file with a valid header.
+    """
+    return _read_table(blob)[0]
+
+
+def decode_blob(blob: Bytes, layout: Layout) -> tuple[BlobHeader, Vector]:
+    """Return header and vector of a blob, after every check that needs no model.
+
+    The vector may be a view of the blob, which cannot be written to.
+
+    Raises:
+        ProtocolError: With code ``format``, ``layout``, ``name``, ``shape``, ``dtype``,
+            ``range`` or ``finite``: what arrived is not an update of this layout.
+    """
+    header, table, start = _read_table(blob)
+    if header.layout != layout.sha256:
+        raise ProtocolError("layout", f"update of layout {header.layout[:12]}, not this run's")
+    codec = CODECS[header.codec]
+    expected = codec.arrays(layout)
+    if set(table) != set(expected):
+        stranger = sorted(set(table) ^ set(expected))[0]
+        raise ProtocolError(
+            "name", f"tensor '{stranger[:80]}' is not what the {header.codec} codec carries"
+        )
+    for name, (dtype, shape) in expected.items():
+        kind = _KINDS.get(table[name].dtype, table[name].dtype[:80])
+        if kind != dtype:
+            raise ProtocolError("dtype", f"'{name}' is {kind}; expected {dtype}")
+        if table[name].shape != shape:
+            raise ProtocolError("shape", f"'{name}' is not of shape {shape}")
+    arrays = _arrays(memoryview(blob)[start:], table, expected)
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ProtocolError("finite", f"'{name}' holds a value that is not finite")
+    vector = codec.decode(arrays, layout)
+    if vector is not arrays["packed"] and not np.isfinite(vector).all():
+        raise ProtocolError("finite", "the decoded update holds a value that is not finite")
+    return header, vector
+
+
+class _Entry(Record):
+    """Where a tensor lies in a safetensors file, and what it is."""
+
+    dtype: str
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+    data_offsets: tuple[int, int]
+
+
+_TABLE = TypeAdapter(dict[str, _Entry])
+
+
+def _read_table(blob: Bytes) -> tuple[BlobHeader, dict[str, _Entry], int]:
+    """Return a blob's own header, what it says of each tensor, and where its data begin.
+
+    Read here and not by the library, which copies every tensor that it reads: most of an
+    aggregator's work on an update is to look at it once.
     """
     if len(blob) < 8:
         raise ProtocolError("format", "update is shorter than a safetensors header")
@@ -185,44 +243,29 @@ def read_header(blob: bytes) -> BlobHeader:
     if length > min(_MAX_HEADER_BYTES, len(blob) - 8):
         raise ProtocolError("format", f"safetensors header of {length} bytes")
     try:
-        meta = json.loads(blob[8 : 8 + length])["__metadata__"]["pwff"]
-        return BlobHeader.model_validate_json(meta)
-    except (ValueError, KeyError, TypeError, RecursionError, ValidationError) as err:
+        said = json.loads(bytes(blob[8 : 8 + length]))
+        header = BlobHeader.model_validate_json(said.pop("__metadata__")["pwff"])
+        return header, _TABLE.validate_json(json.dumps(said)), 8 + length
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise ProtocolError("format", "update has no valid header") from err
 
 
-def decode_blob(blob: bytes, layout: Layout) -> tuple[BlobHeader, Vector]:
-    """Return header and vector of a blob, after every check that needs no model.
-
-    Raises:
-        ProtocolError: With code ``format``, ``layout``, ``name``, ``shape``, ``dtype``,
-            ``range`` or ``finite``: what arrived is not an update of this layout.
-    """
-    header = read_header(blob)
-    if header.layout != layout.sha256:
-        raise ProtocolError("layout", f"update of layout {header.layout[:12]}, not this run's")
-    codec = CODECS[header.codec]
-    try:
-        arrays = load(blob)
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as err:
-        raise ProtocolError("format", "update is no valid safetensors file") from err
-    expected = codec.arrays(layout)
-    if set(arrays) != set(expected):
-        stranger = sorted(set(arrays) ^ set(expected))[0]
-        raise ProtocolError(
-            "name", f"tensor '{stranger[:80]}' is not what the {header.codec} codec carries"
-        )
-    for name, (dtype, shape) in expected.items():
-        if arrays[name].dtype != np.dtype(dtype):
-            raise ProtocolError("dtype", f"'{name}' is {arrays[name].dtype}; expected {dtype}")
-        if arrays[name].shape != shape:
-            raise ProtocolError("shape", f"'{name}' is {arrays[name].shape}; expected {shape}")
-        if arrays[name].dtype.kind == "f" and not np.isfinite(arrays[name]).all():
-            raise ProtocolError("finite", f"'{name}' holds a value that is not finite")
-    vector = codec.decode(arrays, layout)
-    if vector is not arrays["packed"] and not np.isfinite(vector).all():
-        raise ProtocolError("finite", "the decoded update holds a value that is not finite")
-    return header, vector
+def _arrays(
+    data: memoryview, table: dict[str, _Entry], expected: dict[str, tuple[str, tuple[int, ...]]]
+) -> Arrays:
+    """Return views of tensors whose types and shapes are known; they must fill the data."""
+    arrays: Arrays = {}
+    at = 0
+    for name, entry in sorted(table.items(), key=lambda item: item[1].data_offsets):
+        dtype, shape = np.dtype(expected[name][0]), expected[name][1]
+        begin, end = entry.data_offsets
+        if (begin, end) != (at, at + dtype.itemsize * math.prod(shape)) or end > len(data):
+            raise ProtocolError("format", f"'{name}' does not lie where an update has it")
+        arrays[name] = np.frombuffer(data[begin:end], dtype).reshape(shape)
+        at = end
+    if at != len(data):
+        raise ProtocolError("format", f"{len(data) - at} bytes behind the last tensor")
+    return {name: arrays[name] for name in expected}
 
 
 def quantise_with_feedback(

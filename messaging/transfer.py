@@ -8,12 +8,13 @@ keeps its blob until then. A download is driven by the device, which asks for wh
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from messaging.chunks import HEADER_BYTES, Chunk, Missing, chunk_count
+from messaging.chunks import HEADER_BYTES, Bytes, Chunk, Missing, chunk_count
 from messaging.errors import ProtocolError
 from messaging.protocol import Done, Grant, Have, Message, Offer, Reject, StateRef
 
@@ -151,10 +152,10 @@ class Download:
 class PartialBlob(Protocol):
     """Where the pieces of one update are put until it is whole (a file of the spool)."""
 
-    def write(self, offset: int, payload: bytes) -> None:
+    def write(self, offset: int, payload: Bytes) -> None:
         """Put ``payload`` at ``offset``; putting it there twice changes nothing."""
 
-    def finish(self) -> bytes:
+    def finish(self) -> Bytes:
         """Return the whole blob, on disk."""
 
     def discard(self) -> None:
@@ -182,13 +183,13 @@ class _Incoming:
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)  # of the first ``hashed`` pieces
     hashed: int = 0
 
-    def hash(self, index: int, payload: bytes) -> None:
+    def hash(self, index: int, payload: Bytes) -> None:
         """Hash a piece if it is the next: while the others are on their way costs no time."""
         if index == self.hashed:
             self.digest.update(payload)
             self.hashed += 1
 
-    def hash_rest(self, blob: bytes) -> str:
+    def hash_rest(self, blob: Bytes) -> str:
         """Return the hash of the whole blob, of which the first pieces are hashed."""
         self.digest.update(
             memoryview(blob)[self.hashed * (self.offer.chunk_bytes - HEADER_BYTES) :]
@@ -266,7 +267,7 @@ class UploadDesk:
         limits: UploadLimits,
         open_partial: Callable[[Offer], PartialBlob],
         send: Callable[[str, Message], None],
-        complete: Callable[[Offer, bytes], Done | Reject],
+        complete: Callable[[Offer, Bytes], Done | Reject],
         held: Callable[[Offer], Iterable[int]] = _nothing_held,
     ) -> None:
         self._run = run
@@ -312,7 +313,8 @@ class UploadDesk:
 
     def _hand_out(self, now: float) -> None:
         free = self._limits.grants - sum(i.granted for i in self._incoming.values())
-        for incoming in [i for i in self._incoming.values() if not i.granted][: max(0, free)]:
+        waiting = (incoming for incoming in self._incoming.values() if not incoming.granted)
+        for incoming in list(itertools.islice(waiting, max(0, free))):
             self._grant(incoming, now)
 
     def _grant(self, incoming: _Incoming, now: float) -> None:

@@ -143,8 +143,11 @@ def test_a_full_disk_is_told_with_folder_and_remedy(tmp_path: Path) -> None:
     """The write itself fails with ENOSPC: the partial file is the device that is always full."""
     folder = tmp_path / "1"
     spool = a_spool(folder)
-    (folder / "a.part").symlink_to("/dev/full")
     partial = partial_of(spool, offer_of("a", b"blob"))
+    (folder / "a.part").unlink()
+    (folder / "a.part").symlink_to("/dev/full")
+    with pytest.raises(SpoolFullError, match="is full"):
+        partial_of(spool, offer_of("a", b"blob"))
     with pytest.raises(SpoolFullError, match=r"is full \(No space left.*resume the run") as told:
         partial.write(0, b"blob")
     assert str(folder) in str(told.value)

@@ -58,7 +58,7 @@ def test_an_aggregator_killed_in_the_middle_of_uploads_keeps_the_chunks_that_it_
     for device in devices.values():
         device.wait_held()
     parts = play.out / "spool" / "1"
-    wait_for_files(lambda: [sum(p.read_bytes()[-CHUNKS:]) for p in parts.glob("*.have")], [4] * 3)
+    wait_for_files(lambda: [sum(p.read_bytes()[-CHUNKS:]) for p in parts.glob("*.part")], [4] * 3)
     doomed.kill()
     witness = Intruder(play.broker.url)
     again = play.cloud(codec="fp32")

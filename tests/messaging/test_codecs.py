@@ -308,6 +308,7 @@ ZEROS = np.zeros(LAYOUT.size, np.float32)
 CODES = np.zeros(LAYOUT.size, np.int8)
 HALVES = np.zeros(LAYOUT.size // 2, np.uint8)  # LAYOUT has 46 entries
 SCALES = np.zeros(LAYOUT.scales, np.float32)
+FULL = 4 * LAYOUT.size
 
 
 def test_the_forge_makes_files_that_pass_when_nothing_is_wrong() -> None:
@@ -319,6 +320,23 @@ def test_the_forge_makes_files_that_pass_when_nothing_is_wrong() -> None:
     size = 4 * LAYOUT.size
     by_hand = named("F32", [LAYOUT.size], [0, size], bytes(size), padding=1_000)
     assert not decode_blob(by_hand, LAYOUT)[1].any()
+
+
+def test_tensors_that_share_bytes_are_refused() -> None:
+    blob = forged({"packed": CODES, "scales": SCALES}, codec="int8")
+    (length,) = struct.unpack_from("<Q", blob)
+    table = json.loads(blob[8 : 8 + length])
+    table["packed"]["data_offsets"] = [0, LAYOUT.size]
+    table["scales"]["data_offsets"] = [0, 4 * LAYOUT.scales]
+    assert refusal(raw(json.dumps(table).encode(), blob[8 + length :])) == "format"
+
+
+def test_a_view_of_a_file_is_read_without_a_copy() -> None:
+    blob = memoryview(encode_blob(noise(), LAYOUT, header("fp32")))
+    head, vector = decode_blob(blob, LAYOUT)
+    assert head == header("fp32")
+    assert np.shares_memory(vector, np.frombuffer(blob, np.uint8))
+    assert vector.tobytes() == noise().tobytes()
 
 
 def test_a_header_of_more_than_16_kib_is_not_read() -> None:
@@ -396,11 +414,15 @@ def test_a_header_of_more_than_16_kib_is_not_read() -> None:
         (raw(b"\xff\xfe" * 10), "format"),
         (named("F32", [LAYOUT.size], [0, 8], bytes(8)), "format"),
         (named("F32", [LAYOUT.size], [0, 2**63], bytes(8)), "format"),
-        (named("F32", [2**62, 4], [0, 0]), "format"),
+        (named("F32", [2**62, 4], [0, 0]), "shape"),
         (named("F32", [-1], [0, 4], bytes(4)), "format"),
-        (named("F32", [2], [0, 8], bytes(9)), "format"),
-        (named("BF16", [2], [0, 4], bytes(4)), "format"),
-        (named("X99", [2], [0, 4], bytes(4)), "format"),
+        (named("F32", [2], [0, 8], bytes(9)), "shape"),
+        (named("BF16", [2], [0, 4], bytes(4)), "dtype"),
+        (named("X99", [2], [0, 4], bytes(4)), "dtype"),
+        (named("F32", [LAYOUT.size], [0, FULL], bytes(FULL + 1)), "format"),
+        (named("F32", [LAYOUT.size], [1, FULL + 1], bytes(FULL + 1)), "format"),
+        (named("F32", [LAYOUT.size], [-FULL, 0], bytes(FULL)), "format"),
+        (named("F32", [LAYOUT.size], [0, FULL], bytes(FULL - 1)), "format"),
     ],
     ids=lambda value: value if isinstance(value, str) else "blob",
 )

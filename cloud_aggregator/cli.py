@@ -182,6 +182,7 @@ def _list_experiments(ctx: click.Context, _option: click.Parameter, wanted: bool
 @click.option("--broker", metavar="URL", help="mqtt://HOST:PORT; default: one is started here.")
 @click.option("--broker-port", type=int, metavar="PORT", help="Of that one (default: a free one).")
 @click.option("--broker-wait-seconds", type=float, metavar="S", help="For a given broker (10).")
+@click.option("--features", metavar="DIR", help="Shared by runs that read the same pairs.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder (default runs/...).")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option(

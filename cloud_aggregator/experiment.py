@@ -55,7 +55,7 @@ DEFAULT_STEPS: dict[Stage, int] = {"instruction": 12, "reward": 40, "alignment":
 HOW = frozenset(
     {
         "engine", "address", "workers", "transport", "broker", "broker_port",
-        "broker_wait_seconds", "rounds",
+        "broker_wait_seconds", "features", "rounds",
     }
 )  # fmt: skip
 
@@ -134,6 +134,8 @@ class Experiment(CountingKeys):
         engine: ``local`` emulates clients on this machine, ``ray`` on a Ray cluster.
         address: Of that cluster, ``HOST:PORT`` or ``auto``; without it Ray starts on this machine.
         workers: Processes that host clients; 0 for one a core (of the cluster's, with Ray).
+        features: Folder in which workers keep what the trunk of the reward models says of pairs;
+            by default the run's own. Runs that share one read the same pairs once.
     """
 
     method: str = "pwff"
@@ -209,6 +211,7 @@ class Experiment(CountingKeys):
     engine: Literal["local", "ray"] = "local"
     address: str | None = None
     workers: Annotated[int, Field(ge=0, le=256)] = 0
+    features: str | None = None
     transport: Literal["mqtt", "memory"] = "mqtt"
     broker: str | None = None
     broker_port: Annotated[int, Field(ge=1, le=65_535)] | None = None

@@ -303,6 +303,7 @@ def _local_client(
             client.trunk_precision,
             *there,
             adapter_size=modules.shape().trunk_adapter_size,
+            kept=folder / "features",
         )
     return LocalClient(
         setup,

@@ -22,7 +22,11 @@ from quantization.identity import BaseIdentity
 
 
 def load_judging(
-    identity: BaseIdentity, precision: str, *bases: FrozenBase, adapter_size: int = 0
+    identity: BaseIdentity,
+    precision: str,
+    *bases: FrozenBase,
+    adapter_size: int = 0,
+    kept: Path | None = None,
 ) -> Judging:
     """Return the trunk that reward models read, with the reference set that they are scaled by.
 
@@ -31,10 +35,11 @@ def load_judging(
         precision: Of the trunk.
         bases: Those in memory already: of the same precision, no second one is loaded.
         adapter_size: Of the adapters that each reward model has on the trunk; 0 for none.
+        kept: Folder of features that a process after this one need not read again.
     """
     there = (base for base in bases if base.precision == precision)
     base = next(there, None) or load_frozen(identity, precision)
-    return Judging(base, adapter_size=adapter_size)
+    return Judging(base, adapter_size=adapter_size, kept=kept)
 
 
 def build_works(

@@ -122,6 +122,7 @@ class Bench:
                 spec.trunk_precision,
                 *bases.values(),
                 adapter_size=_modules(spec, identity).trunk_adapter_size,
+                kept=Path(spec.features),
             )
 
     def client(self, spec: ClientSpec, folder: Path, progress: Progress | None) -> LocalClient:

@@ -49,6 +49,7 @@ class WorkerSpec(BaseModel):
 
     run: str
     run_folder: str
+    features: str
     model: str
     binding: str
     stages: list[Stage]

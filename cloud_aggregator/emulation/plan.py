@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from cloud_aggregator.cohort import CohortRule
@@ -274,6 +275,7 @@ def fleet_spec(planned: Planned, clients: list[ClientSpec]) -> WorkerSpec:
     return WorkerSpec(
         run=experiment.run_name,
         run_folder=str(planned.folder.path.resolve()),
+        features=str(Path(experiment.features or planned.folder.path / "features").resolve()),
         model=experiment.model,
         binding=planned.binding,
         stages=experiment.stage_names,

@@ -28,7 +28,7 @@ from quantization.parts import Array, put_together
 #: What a client keeps is in files of these names (``edge_client.state``).
 STATES = "*.safetensors"
 
-_benches: dict[str, Bench] = {}
+_benches: dict[str, tuple[Bench, tempfile.TemporaryDirectory[str]]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,17 +109,20 @@ def take_turn(
 
 
 def _bench(run: str, equipment: list[Any]) -> Bench:
+    """Return bases and data, and a folder of this worker for what is read of them only once."""
     if run not in _benches:
         import ray
 
         given: Equipment = ray.get(equipment[0])
         set_threads(given.spec.threads)
         _benches.clear()  # of a run that is over
-        _benches[run] = Bench(
-            given.spec,
+        features = tempfile.TemporaryDirectory(prefix="pwff-features-")
+        bench = Bench(
+            given.spec.model_copy(update={"features": features.name}),
             given.identity,
             bases={name: put_together(*parts) for name, parts in given.bases.items()},
             examples=given.examples,
             preferences=given.preferences,
         )
-    return _benches[run]
+        _benches[run] = bench, features
+    return _benches[run][0]

@@ -94,7 +94,7 @@ def fig5(
     check_kept(FIG5, where, settings)
     if settings.quick:
         say(console, NO_EVIDENCE)
-    doing = how(workers, transport)
+    doing = how(where, workers, transport)
     plan(settings, comparison.width, comparison.files, doing)  # refuses before anything is written
     if not render_only:
         comparison = divided(where, comparison)
@@ -139,9 +139,9 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def how(workers: int | None, transport: str | None) -> dict[str, Any]:
+def how(out: Path, workers: int | None, transport: str | None) -> dict[str, Any]:
     """Return the settings that change nothing of the outcome, where they are given."""
-    given = {"workers": workers, "transport": transport}
+    given = {"workers": workers, "transport": transport, "features": str(out / "features")}
     return {k: v for k, v in given.items() if v is not None}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from edge_client.data.prompts import Encoded, encode_example
 from edge_client.peft.packed_model import PackedModel
 from edge_client.reward.features import Trunk
 from edge_client.reward.head import Head, adapters_of, of_objective
+from edge_client.reward.kept_features import KeptFeatures
 from edge_client.reward.reference import load_reference
 from edge_client.reward.scale import Scale
 from messaging.layout import Layout, Tensors, Vector
@@ -88,13 +90,17 @@ class Judging:
     Args:
         base: At the run's trunk precision; it is read, not changed.
         adapter_size: Bottleneck size of the adapters that each reward model has on it; 0 for none.
+        kept: Folder in which the features of a bare trunk are kept for the next process; None for
+            no next one.
 
     Attributes:
         model: The base with room for the adapters of one reward model at a time.
         trunk: Reads features with whatever is on ``model``.
     """
 
-    def __init__(self, base: FrozenBase, *, adapter_size: int = 0) -> None:
+    def __init__(
+        self, base: FrozenBase, *, adapter_size: int = 0, kept: Path | None = None
+    ) -> None:
         self.base, self.adapter_size = base, adapter_size
         self.model = PackedModel(
             base, adapter_size=adapter_size, placement="qkv", lora_count=0, lora_rank=1
@@ -102,6 +108,7 @@ class Judging:
         self.trunk = Trunk(self.model)
         self.device = self.model.device
         self._known: tuple[bytes, Heads] | None = None
+        self._kept = None if adapter_size or kept is None else KeptFeatures(kept)
 
     def trunk_of(self, tensors: Tensors, objective: str) -> Trunk:
         """Return the trunk as an objective's reward model reads it, until the next is asked for.
@@ -113,6 +120,21 @@ class Judging:
         if self.adapter_size:
             self.model.put(adapters_of(tensors, objective))
         return self.trunk
+
+    def response_features(
+        self, tensors: Tensors, objective: str, examples: Sequence[Encoded]
+    ) -> Tensor:
+        """Return examples as a reward model reads them; what is kept is not read again.
+
+        Shape (N, F).
+
+        Raises:
+            DiskError: If what is read is to be kept, and the disk does not take it.
+        """
+        trunk = self.trunk_of(tensors, objective)
+        if self._kept is None:
+            return trunk.response_features(examples)
+        return self._kept.of(self.base, examples, lambda: trunk.response_features(examples))
 
     def reads(self, objectives: Sequence[Objective]) -> int:
         """Return how often a response goes through the trunk until all have scored it."""

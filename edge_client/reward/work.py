@@ -176,8 +176,8 @@ class RewardWork:
         if key in self._bare:
             return self._bare[key]
         sides = self._encoded(part, name, task)
-        trunk = self._judging.trunk_of(tensors, name)
-        found = trunk.response_features([*sides.chosen, *sides.rejected])
+        both = [*sides.chosen, *sides.rejected]
+        found = self._judging.response_features(tensors, name, both)
         features = found[: len(sides.chosen)], found[len(sides.chosen) :]
         if not self._judging.adapter_size:
             self._bare[key] = features

@@ -55,7 +55,7 @@ def pareto(
     if "experiment" in given:
         choose("experiment", given["experiment"], EXPERIMENTS)
     front = folder.take_up(PARETO, where, given, quick=quick, render_only=render_only)
-    settings, doing = front.settings, how(workers, transport)
+    settings, doing = front.settings, how(where, workers, transport)
     check_kept(PARETO, where, settings)
     plan(settings, front.width, front.files, doing)  # refuses before anything is written
     if settings.quick:

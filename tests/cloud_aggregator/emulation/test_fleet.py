@@ -188,6 +188,7 @@ def test_a_worker_is_told_the_priced_shape_in_a_file() -> None:
         spec = WorkerSpec(
             run="trial",
             run_folder="nowhere",
+            features="nowhere",
             model="mini",
             binding="0" * 64,
             data="kit",

@@ -32,6 +32,7 @@ def spec_of(folder: Path, model: str) -> WorkerSpec:
     return WorkerSpec(
         run="trial",
         run_folder=str(folder),
+        features="nowhere",
         model=model,
         binding="0" * 64,
         data="kit",

@@ -25,6 +25,7 @@ from device_profiles.stages import STAGES, parse_stages
 from messaging.chunks import CHUNK_BYTES, ChunkBytes
 from messaging.mqtt import parse_address
 from messaging.protocol import AlignmentSettings, Codec, Stage
+from quantization.encoder_identity import BASE_TRUNK, check_reward_trunk
 
 _MOST = 1_000_000
 Positive = Annotated[int, Field(ge=1, le=_MOST)]
@@ -95,6 +96,8 @@ class Experiment(CountingKeys):
         prompts: Instructions that alignment answers: ``kit`` or a file; by default those of each
             client's own preference pairs.
         trunk_precision: Of the frozen base whose hidden states the reward models read; one for all.
+        reward_trunk: What the reward models read: the ``base`` itself, or an encoder, a folder or a
+            hub id such as ``distilbert-base-uncased``.
         reward_shares: What of a reward model is learned and travels: its ``head``, or ``adapters``,
             which its trunk then has too (``docs/rewards.md``).
         reward_batch_size: Pairs a step of reward learning.
@@ -155,6 +158,7 @@ class Experiment(CountingKeys):
     preference: Annotated[float, Field(ge=0, le=1)] | None = None
     prompts: str | None = None
     trunk_precision: Literal["fp32", "bf16", "int8", "nf4"] = "int8"
+    reward_trunk: str = BASE_TRUNK
     reward_shares: RewardShares = "head"
     reward_batch_size: Positive = 32
     reward_learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
@@ -354,6 +358,7 @@ def check_experiment(experiment: Experiment, source: str) -> None:
         wanted=experiment.wanted,
         has_cohort=experiment.cohort is not None,
     )
+    check_reward_trunk(experiment.reward_trunk, experiment.reward_shares)
     if experiment.priced_lora_rank is not None and experiment.priced_at == "base":
         raise InputError(
             f"priced_lora_rank = {experiment.priced_lora_rank} with priced_at 'base', which has "

@@ -14,6 +14,7 @@ from cloud_aggregator.privacy import PrivacyRecord
 from device_profiles.methods import RewardShares
 from device_profiles.pricing import CostBasis
 from messaging.protocol import DeviceRecord, Objective, PairFigures, Stage
+from quantization.encoder_identity import EncoderIdentity
 from quantization.identity import BaseIdentity
 
 Status = Literal["aggregated", "late", "lost", "rejected", "skipped"]
@@ -43,6 +44,15 @@ class ModelRecord(_Part):
     sha256: str
     tokenizer_sha256: str
     priced: PricedRecord | None = None
+
+
+class EncoderRecord(_Part):
+    """What the reward models read, where that is not the base."""
+
+    name: str
+    parameters: int
+    width: int
+    sha256: str
 
 
 class DataRecord(_Part):
@@ -238,7 +248,8 @@ class RunRecord(_Part):
     """The whole of ``run.json``.
 
     ``aggregation`` is the rule by which updates count (``docs/aggregation.md``); ``reward_shares``
-    what of a reward model is learned and travels (``docs/rewards.md``); ``privacy`` what the rounds
+    what of a reward model is learned and travels, and ``encoder`` what it reads, where that is not
+    the base (``docs/rewards.md``); ``privacy`` what the rounds
     so far have spent, where each client's part is hidden.
     """
 
@@ -256,6 +267,7 @@ class RunRecord(_Part):
     codec: str
     aggregation: str = "mean"
     reward_shares: RewardShares = "head"
+    encoder: EncoderRecord | None = None
     privacy: PrivacyRecord | None = None
     model: ModelRecord
     data: DataRecord
@@ -265,6 +277,18 @@ class RunRecord(_Part):
     summary: Summary = Field(default_factory=Summary)
 
     model_config = ConfigDict(extra="forbid", validate_by_name=True, serialize_by_alias=True)
+
+
+def encoder_record(encoder: EncoderIdentity | None) -> EncoderRecord | None:
+    """Return the record of an encoder; none of none."""
+    if encoder is None:
+        return None
+    return EncoderRecord(
+        name=encoder.name,
+        parameters=encoder.parameters,
+        width=encoder.width,
+        sha256=encoder.sha256,
+    )
 
 
 def model_record(identity: BaseIdentity, priced: CostBasis | None = None) -> ModelRecord:

@@ -16,7 +16,7 @@ from cloud_aggregator.records import RunRecord
 from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.server import Aggregator
 from cloud_aggregator.service_config import Service, store_url
-from cloud_aggregator.service_plan import run_record, run_settings, written_config
+from cloud_aggregator.service_plan import encoder_of, run_record, run_settings, written_config
 from cloud_aggregator.store import Store
 from messaging.key_files import run_keys
 from messaging.mqtt import MqttNetwork
@@ -56,9 +56,10 @@ def serve(
         metrics.watch_broker(service.broker_log)
     url = store_url(service)
     identity = identify(service.model)
+    encoder = encoder_of(service)
     folder = RunFolder(service.out)
-    record = run_record(service, identity, folder)
-    settings = run_settings(service, identity)
+    record = run_record(service, identity, folder, encoder)
+    settings = run_settings(service, identity, encoder)
 
     def tell(event: str, **fields: Any) -> None:
         folder.append_event(event, **fields)

@@ -24,6 +24,7 @@ from messaging.chunks import CHUNK_BYTES, ChunkBytes
 from messaging.claims import CLAIM_ABOVE_BYTES
 from messaging.protocol import AlignmentSettings, Codec, Identifier
 from messaging.transfer import LimitsError, check_limits
+from quantization.encoder_identity import BASE_TRUNK, check_reward_trunk
 
 #: Of the environment: the address of the run's store, in place of the configuration's.
 STORE_VARIABLE = "PWFF_STORE"
@@ -68,6 +69,8 @@ class Service(CountingKeys):
         rounds: At most, of instruction tuning; and so ``local_steps``, ``batch_size`` and
             ``learning_rate``. The other stages have a section each: see
             ``RewardSection`` and ``AlignmentSection``.
+        reward_trunk: What reward models read: the ``base`` itself, or an encoder, a folder or a hub
+            id such as ``distilbert-base-uncased``; every device has the same.
         reward_shares: What of a reward model is learned and travels, ``head`` or ``adapters``: see
             ``docs/rewards.md``; every device has the same.
         cohort: Devices whose updates a round wants, drawn each alike among those that are there; by
@@ -106,6 +109,7 @@ class Service(CountingKeys):
     gather_seconds: Annotated[float, Field(gt=0, le=1e6)] = 120.0
     method: str = "pwff"
     stages: str = "instruction"
+    reward_trunk: str = BASE_TRUNK
     reward_shares: RewardShares = "head"
     model: str = "mini"
     placement: str = "qkv"
@@ -188,6 +192,7 @@ def load_service(path: Path) -> Service:
             'no monitor to show them; give monitor = "127.0.0.1:9464", or leave it out'
         )
     check_restraint(service.restraint, service.method, stages, str(path))
+    check_reward_trunk(service.reward_trunk, service.reward_shares, f"{path}: ")
     if service.minimum_clients > service.clients:
         raise InputError(
             f"{path}: minimum_clients = {service.minimum_clients} is above clients = "

@@ -8,7 +8,13 @@ from typing import Any
 from cloud_aggregator.cohort import CohortRule
 from cloud_aggregator.database import shown
 from cloud_aggregator.methods import ModuleShape, find_method, stage_layout
-from cloud_aggregator.records import DataRecord, RunRecord, model_record
+from cloud_aggregator.records import (
+    DataRecord,
+    EncoderRecord,
+    RunRecord,
+    encoder_record,
+    model_record,
+)
 from cloud_aggregator.restraint import RestraintSettings
 from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.service_config import AlignmentSection, RewardSection, Service
@@ -22,12 +28,26 @@ from messaging.layout import Layout, joint_sha256
 from messaging.mqtt import MqttNetwork
 from messaging.protocol import Stage
 from messaging.transfer import UploadLimits
+from quantization.encoder_identity import BASE_TRUNK, EncoderIdentity, identify_encoder
 from quantization.identity import BaseIdentity, binding, require_gpt2
 
 _SILENT_BEATS = 3
 
 
-def run_settings(service: Service, identity: BaseIdentity) -> RunSettings:
+def encoder_of(service: Service) -> EncoderIdentity | None:
+    """Return the encoder that the run's reward models read; none where they read the base.
+
+    Raises:
+        BaseModelError: If it is none.
+        HubUnavailableError: If it is on a hub that does not answer.
+    """
+    reads = "reward" in parse_stages(service.stages, find_method(service.method))
+    return identify_encoder(service.reward_trunk) if reads else None
+
+
+def run_settings(
+    service: Service, identity: BaseIdentity, encoder: EncoderIdentity | None = None
+) -> RunSettings:
     """Return what the aggregator needs of a run.
 
     Raises:
@@ -39,6 +59,7 @@ def run_settings(service: Service, identity: BaseIdentity) -> RunSettings:
         placement=service.placement,
         lora_rank=lora_rank(identity.shape, service.lora_rank)[0],
         reward_shares=service.reward_shares,
+        encoder_width=encoder.width if encoder else None,
     )
     method = find_method(service.method)
     stages = parse_stages(service.stages, method)
@@ -136,7 +157,12 @@ def written_config(
     }
 
 
-def run_record(service: Service, identity: BaseIdentity, folder: RunFolder) -> RunRecord:
+def run_record(
+    service: Service,
+    identity: BaseIdentity,
+    folder: RunFolder,
+    encoder: EncoderIdentity | None = None,
+) -> RunRecord:
     """Return the record of a run that begins, or of the one that is there and goes on.
 
     Raises:
@@ -151,6 +177,7 @@ def run_record(service: Service, identity: BaseIdentity, folder: RunFolder) -> R
             "codec": (record.codec, service.codec),
             "aggregation": (record.aggregation, service.aggregation),
             "reward_shares": (record.reward_shares, service.reward_shares),
+            "reward_trunk": (_name(record.encoder), _name(encoder_record(encoder))),
             "stages": (record.stages, parse_stages(service.stages, find_method(service.method))),
             "base": (record.model.sha256, identity.sha256),
             "tokenizer": (record.model.tokenizer_sha256, identity.tokenizer_sha256),
@@ -174,6 +201,12 @@ def run_record(service: Service, identity: BaseIdentity, folder: RunFolder) -> R
         codec=service.codec,
         aggregation=service.aggregation,
         reward_shares=service.reward_shares,
+        encoder=encoder_record(encoder),
         model=model_record(identity),
         data=DataRecord(source="the clients' own", examples=0),
     )
+
+
+def _name(encoder: EncoderRecord | None) -> str:
+    """Return what tells one trunk from another, for a person."""
+    return BASE_TRUNK if encoder is None else f"{encoder.name} ({encoder.sha256[:12]})"

@@ -129,7 +129,8 @@ def find_method(name: str) -> Method:
 class ModuleShape:
     """The small modules of a run: their base, bottleneck size M, placement and rank R.
 
-    ``reward_shares`` says what a reward model is made of, beside the frozen trunk.
+    ``reward_shares`` says what a reward model is made of, beside the frozen trunk; that is the
+    base, or an encoder of ``encoder_width``.
     """
 
     base: BaseShape
@@ -137,6 +138,7 @@ class ModuleShape:
     placement: str
     lora_rank: int
     reward_shares: RewardShares = "head"
+    encoder_width: int | None = None
 
     @property
     def trunk_adapter_size(self) -> int:
@@ -170,8 +172,8 @@ def stage_tensors(stage: Stage, method: Method, modules: ModuleShape) -> list[Na
     """
     if stage != "reward":
         return shared_tensors(method, modules)
-    size = modules.trunk_adapter_size
-    return [t for name in method.objectives for t in reward_tensors(name, modules.base, size)]
+    trunk = modules.base, modules.trunk_adapter_size, modules.encoder_width
+    return [t for name in method.objectives for t in reward_tensors(name, *trunk)]
 
 
 def held_tensors(names: Sequence[str], lora_count: int) -> int:

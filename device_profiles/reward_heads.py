@@ -87,24 +87,31 @@ def initial_heads(
     return tensors
 
 
-def reward_tensors(objective: str, base: BaseShape, adapter_size: int = 0) -> list[NamedShape]:
+def reward_tensors(
+    objective: str, base: BaseShape, adapter_size: int = 0, encoder_width: int | None = None
+) -> list[NamedShape]:
     """Return the tensors of one reward model: its head's, then those of its trunk's adapters.
 
     Args:
         objective: ``helpfulness`` or ``harmlessness``.
-        base: The trunk.
+        base: The trunk, as a rule.
         adapter_size: Bottleneck size of the adapters on it; 0 for a bare trunk.
+        encoder_width: Width of the encoder that is the trunk instead; none for the base.
 
     Raises:
         InputError: If the adapters do not fit the trunk.
     """
     adapters = adapter_tensors(base, adapter_size) if adapter_size else []
     own = [replace(t, name=trunk_prefix(objective) + t.name) for t in adapters]
-    return [*head_tensors(objective, base.width), *own]
+    return [*head_tensors(objective, encoder_width or base.width), *own]
 
 
 def initial_rewards(
-    objectives: Iterable[str], base: BaseShape, adapter_size: int, seed: int
+    objectives: Iterable[str],
+    base: BaseShape,
+    adapter_size: int,
+    seed: int,
+    encoder_width: int | None = None,
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Return the reward models that every device of a run starts from.
 
@@ -117,6 +124,6 @@ def initial_rewards(
     adapters = initial_adapters(base, adapter_size, seed) if adapter_size else {}
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     for objective in objectives:
-        tensors |= initial_heads([objective], base.width, HIDDEN, seed)
+        tensors |= initial_heads([objective], encoder_width or base.width, HIDDEN, seed)
         tensors |= {trunk_prefix(objective) + n: t.copy() for n, t in adapters.items()}
     return tensors

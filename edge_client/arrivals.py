@@ -186,4 +186,4 @@ def _decoded(blob: bytes, state: Sought) -> Vector:
             f"the global state of round {round_} says that it is of round {header.round} of the "
             f"run '{header.run}'",
         )
-    return vector
+    return vector if vector.flags.writeable else vector.copy()  # torch takes no other

@@ -75,6 +75,8 @@ class CostModel:
         parameters: Weights of that base.
         lora_count: LoRA modules on the device.
         priced: The shape that costs are computed on, where it is another one.
+        encoder_parameters: Weights of the encoder that reward models read; 0 where they read the
+            base.
     """
 
     def __init__(
@@ -88,7 +90,9 @@ class CostModel:
         profile: Profile,
         link: Link,
         chunk_bytes: int,
+        encoder_parameters: int = 0,
     ) -> None:
+        self._encoder_parameters = encoder_parameters
         self._method, self._learned = method, modules
         self._base, self._parameters, self._priced = modules.base, parameters, modules
         if priced is not None:
@@ -100,7 +104,9 @@ class CostModel:
         self._of_a_reward = sum(
             t.size
             for name in method.objectives[:1]
-            for t in reward_tensors(name, modules.base, modules.trunk_adapter_size)
+            for t in reward_tensors(
+                name, modules.base, modules.trunk_adapter_size, modules.encoder_width
+            )
         )
         self._lora_count = lora_count
         self._profile = profile
@@ -108,7 +114,13 @@ class CostModel:
         self._chunk_bytes = chunk_bytes
 
     def compute(
-        self, tokens: int, rows: int, read_tokens: int = 0, *, stage: Stage = "instruction"
+        self,
+        tokens: int,
+        rows: int,
+        read_tokens: int = 0,
+        encoder_tokens: int = 0,
+        *,
+        stage: Stage = "instruction",
     ) -> TimeAndEnergy:
         """Return what a piece of training takes, modelled by its operations.
 
@@ -116,9 +128,11 @@ class CostModel:
             tokens: That were trained on; of reward learning, through the trunk of a reward model.
             rows: In so many examples.
             read_tokens: That went forward only: drawn, scored, or looked at by a reward model.
+            encoder_tokens: That went through the encoder, counted as the base's tokens.
             stage: That trains: says what is trained.
         """
         flops = 2.0 * self._parameters * read_tokens
+        flops += 2.0 * self._encoder_parameters * encoder_tokens
         if tokens:
             trained = self._of_a_reward if stage == "reward" else self._trainable
             flops += tokens * training_flops_per_token(

@@ -25,6 +25,7 @@ from edge_client.data.partition import Part
 from edge_client.privacy import withheld_record
 from messaging.layout import Layout
 from messaging.protocol import Channel, DeviceRecord, Power, Precision, Preference, Stage
+from quantization.encoder_identity import EncoderIdentity
 from quantization.identity import BaseIdentity, require_gpt2
 
 
@@ -37,6 +38,7 @@ class Modules:
         placement: Row of the placements table.
         rank: R of every LoRA module, as given; none for the proportional one.
         reward_shares: What a reward model is made of, beside the frozen trunk.
+        encoder: That reward models read; none where they read the base.
     """
 
     method: Method
@@ -45,6 +47,7 @@ class Modules:
     placement: str
     rank: int | None
     reward_shares: RewardShares = "head"
+    encoder: EncoderIdentity | None = None
 
     def layout(self, stage: Stage = "instruction") -> Layout:
         """Return the allow-list of a stage: the tensors that may travel, in order."""
@@ -58,6 +61,7 @@ class Modules:
             placement=self.placement,
             lora_rank=self.lora_rank()[0],
             reward_shares=self.reward_shares,
+            encoder_width=self.encoder.width if self.encoder else None,
         )
 
     def lora_count(self, afforded: int) -> int:

@@ -39,6 +39,7 @@ from messaging.protocol import (
     Stage,
     Task,
 )
+from quantization.encoder_identity import EncoderIdentity
 from quantization.identity import BaseIdentity
 
 
@@ -72,6 +73,7 @@ class Setup:
     Attributes:
         layouts: What travels, by stage, in the order of the stages.
         reward_shares: What a reward model is made of, beside the frozen trunk.
+        encoder: That the reward models read; none where they read the base.
     """
 
     run: str
@@ -83,6 +85,7 @@ class Setup:
     chunk_bytes: int
     priced: CostBasis | None = None
     reward_shares: RewardShares = "head"
+    encoder: EncoderIdentity | None = None
 
     def own_layout(self, stage: Stage, lora_count: int) -> Layout:
         """Return what a device with so many LoRA modules sends."""
@@ -142,6 +145,7 @@ class LocalClient:
                 placement=setup.placement,
                 lora_rank=setup.lora_rank,
                 reward_shares=setup.reward_shares,
+                encoder_width=setup.encoder.width if setup.encoder else None,
             ),
             parameters=base.parameters,
             lora_count=device.lora_count,
@@ -149,6 +153,7 @@ class LocalClient:
             profile=profile,
             link=link,
             chunk_bytes=setup.chunk_bytes,
+            encoder_parameters=setup.encoder.parameters if setup.encoder else 0,
         )
         self._store = StateStore(folder)
         self._clock = clock
@@ -241,6 +246,7 @@ class LocalClient:
                 task,
                 rewards=len(find_method(self.setup.method).objectives),
                 adapted=self.setup.reward_shares == "adapters",
+                encoded=self.setup.encoder is not None,
             )
         state, blob = replace(done.state, round=task.round), None
         if states.shared is not None and done.after is not None:
@@ -280,7 +286,9 @@ class LocalClient:
         self, task: Task, done: Trained, measured: float, download_bytes: int, blob: bytes | None
     ) -> Costs:
         """Return the costs of a training; ``measured`` seconds count on a real device."""
-        compute = self._costs.compute(done.tokens, done.rows, done.read_tokens, stage=task.stage)
+        compute = self._costs.compute(
+            done.tokens, done.rows, done.read_tokens, done.encoder_tokens, stage=task.stage
+        )
         if self.device.costs == "measured":
             compute = self._costs.measured(measured)
         costs = self._downlink(task, download_bytes).model_copy(

@@ -43,7 +43,12 @@ def withheld(result: Result) -> Result:
 
 
 def withheld_training(
-    done: Trained, task: Task, *, rewards: int = 1, adapted: bool = False
+    done: Trained,
+    task: Task,
+    *,
+    rewards: int = 1,
+    adapted: bool = False,
+    encoded: bool = False,
 ) -> Trained:
     """Return a training of weight 1 without its loss, priced by what the task asks for.
 
@@ -55,11 +60,15 @@ def withheld_training(
         task: That asked for it.
         rewards: Reward models of the method.
         adapted: Whether the trunk of each has adapters, which train with its head.
+        encoded: Whether an encoder is their trunk.
     """
     rows, read = task.local_steps * task.batch_size, 0
+    scored = 0  # by the encoder
     if task.stage == "reward":
         sides = 2 * rows * rewards  # there and back where there are adapters; else they are read
         rows, read = (sides, 0) if adapted else (0, sides)
+        if encoded:
+            read, scored = 0, sides
     elif task.alignment is not None and task.alignment.algorithm == "dpo":
         rows *= 2
         read = rows  # the stage-1 policy reads what is trained on
@@ -69,6 +78,7 @@ def withheld_training(
         epochs = PpoSettings().epochs if ppo else RlooSettings().epochs
         # drawn, and looked at by two policies and by the trunk: a bare one serves all rewards
         rows, read = drawn * epochs, drawn * (3 + (rewards if adapted else 1))
+        scored = drawn if encoded else 0  # beside the trunk, which the critics read
     return replace(
         done,
         loss=None,
@@ -76,6 +86,7 @@ def withheld_training(
         tokens=rows * task.max_length,
         rows=rows,
         read_tokens=read * task.max_length,
+        encoder_tokens=scored * task.max_length,
     )
 
 

@@ -48,6 +48,12 @@ from messaging.protocol import DeviceRecord, Identifier
 from messaging.security import DeviceSeal
 from quantization.base_model import set_threads
 from quantization.checkpoint import look_through
+from quantization.encoder_identity import (
+    BASE_TRUNK,
+    EncoderIdentity,
+    check_reward_trunk,
+    identify_encoder,
+)
 from quantization.identity import BaseIdentity, binding, identify, require_gpt2
 
 log = logging.getLogger(__name__)
@@ -84,6 +90,8 @@ class Client(Config):
             learns reward models; ``harmlessness_data`` likewise.
         prompts: That alignment answers, ``kit`` or a file; by default the pairs' own.
         trunk_precision: The run's: of the frozen base whose hidden states reward models read.
+        reward_trunk: The run's: what reward models read, the ``base`` or an encoder, a folder or a
+            hub id; the critics read the base in any case.
         reward_shares: The run's: what of a reward model is learned and travels.
         others_data: A file of examples that stand for other users' data: the device is measured on
             them too.
@@ -117,6 +125,7 @@ class Client(Config):
     harmlessness_data: str | None = None
     prompts: str | None = None
     trunk_precision: Literal["fp32", "bf16", "int8", "nf4"] = "int8"
+    reward_trunk: str = BASE_TRUNK
     reward_shares: RewardShares = "head"
     placement: str = "qkv"
     adapter_size: Annotated[int, Field(ge=1, le=4096)] = 10
@@ -149,6 +158,7 @@ def load_client(path: Path) -> Client:
     parse_stages(client.stages, find_method(client.method))
     if client.lora_count is not None:
         check_lora_count(client.lora_count, f"{path}: lora_count")
+    check_reward_trunk(client.reward_trunk, client.reward_shares, f"{path}: ")
     if client.private and client.others_data is not None:
         raise InputError(
             f"{path}: others_data = '{client.others_data}' with private = true: what is measured "
@@ -230,9 +240,12 @@ def _local_client(
         )
     if client.stages != "instruction":
         require_gpt2(identity, f"stages = '{client.stages}'")
+    preferences = _preferences(client)
+    encoder = identify_encoder(client.reward_trunk) if preferences.hashes else None
     modules = Modules(
         method=method,
         identity=identity,
+        encoder=encoder,
         adapter_size=client.adapter_size,
         placement=client.placement,
         rank=client.lora_rank,
@@ -250,7 +263,6 @@ def _local_client(
         held_out_share=client.held_out_share,
         seed=client.seed,
     )
-    preferences = _preferences(client)
     (own,) = preferences.divide(clients=1, held_out_share=client.held_out_share, seed=client.seed)
     link = PAPER_LINK if client.channel == "paper" else profile_link(profile.radio)
     device = describe_device(
@@ -263,12 +275,14 @@ def _local_client(
         threads=client.threads,
         helpfulness=client.helpfulness,
         preference_pairs=own.training_pairs,
-        scoring=scoring(client.trunk_precision) if own.train else "",
+        scoring=scoring(client.trunk_precision, encoder.sha256 if encoder else None)
+        if own.train
+        else "",
         precision=base_precision(identity, client.precision, profile),
         costs="measured",
         private=client.private,
     )
-    _check_memory(client, identity, device)
+    _check_memory(client, identity, device, encoder)
     model = build_model(
         identity,
         device.precision,
@@ -286,6 +300,7 @@ def _local_client(
         lora_rank=device.lora_rank,
         chunk_bytes=client.chunk_bytes,
         reward_shares=client.reward_shares,
+        encoder=encoder,
     )
     data = preferences.own(
         own,
@@ -304,6 +319,7 @@ def _local_client(
             *there,
             adapter_size=modules.shape().trunk_adapter_size,
             kept=folder / "features",
+            encoder=encoder,
         )
     return LocalClient(
         setup,
@@ -317,7 +333,12 @@ def _local_client(
     )
 
 
-def _check_memory(client: Client, identity: BaseIdentity, device: DeviceRecord) -> None:
+def _check_memory(
+    client: Client,
+    identity: BaseIdentity,
+    device: DeviceRecord,
+    encoder: EncoderIdentity | None,
+) -> None:
     """Refuse, before the base is loaded, a device that the system would stop for its memory.
 
     Raises:
@@ -350,6 +371,7 @@ def _check_memory(client: Client, identity: BaseIdentity, device: DeviceRecord) 
         )
         policy = usual.state + usual.before + (usual.base if other else 0)
         needed = max(needed, learning.total + policy)
+    needed += 0 if encoder is None else encoder.bytes
     check_memory(
         needed,
         free_memory(),

@@ -46,6 +46,7 @@ class Trained:
         tokens: That were trained on, without padding.
         rows: In so many examples.
         read_tokens: That went forward only.
+        encoder_tokens: That went through the encoder of the reward models, if they read one.
     """
 
     state: ClientState
@@ -55,6 +56,7 @@ class Trained:
     tokens: int = 0
     rows: int = 0
     read_tokens: int = 0
+    encoder_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,13 @@ from edge_client.local_client import Setup
 from edge_client.peft.build import Tunable
 from edge_client.policy import Policy
 from edge_client.progress import Progress
+from edge_client.reward.encoder import Encoder
 from edge_client.reward.judging import Judging
 from edge_client.reward.work import RewardWork
 from edge_client.stage_work import StageWork
 from edge_client.state import StateStore
 from messaging.protocol import DeviceRecord, Stage
+from quantization.encoder_identity import EncoderIdentity
 from quantization.frozen_gpt2 import FrozenBase, load_frozen
 from quantization.identity import BaseIdentity
 
@@ -27,6 +29,7 @@ def load_judging(
     *bases: FrozenBase,
     adapter_size: int = 0,
     kept: Path | None = None,
+    encoder: EncoderIdentity | None = None,
 ) -> Judging:
     """Return the trunk that reward models read, with the reference set that they are scaled by.
 
@@ -36,10 +39,15 @@ def load_judging(
         bases: Those in memory already: of the same precision, no second one is loaded.
         adapter_size: Of the adapters that each reward model has on the trunk; 0 for none.
         kept: Folder of features that a process after this one need not read again.
+        encoder: That is the trunk instead; what is no response is read by the base then.
+
+    Raises:
+        BaseModelError: If the encoder is none, or damaged.
     """
     there = (base for base in bases if base.precision == precision)
     base = next(there, None) or load_frozen(identity, precision)
-    return Judging(base, adapter_size=adapter_size, kept=kept)
+    read = None if encoder is None else Encoder(str(encoder.folder), encoder.sha256)
+    return Judging(base, adapter_size=adapter_size, kept=kept, encoder=read)
 
 
 def build_works(

@@ -105,8 +105,9 @@ class Power(Record):
 class DeviceRecord(Record):
     """What a device says of itself; it becomes the client's entry in ``run.json``.
 
-    ``scoring`` names what reward models read and are scaled by: the trunk's precision, and the hash
-    of the reference set. It is the same on every device of a run, and empty without reward models.
+    ``scoring`` names what reward models read and are scaled by: the trunk's precision and the hash
+    of the reference set, or a hash of an encoder with both. It is the same on every device of a
+    run, and empty without reward models.
     """
 
     id: Identifier

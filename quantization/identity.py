@@ -75,11 +75,11 @@ def identify(name: str) -> BaseIdentity:
         BaseModelError: If the folder is missing or damaged, or holds a model of no known family.
         HubUnavailableError: If ``name`` is a hub id and the hub does not answer.
     """
-    folder = _locate(name)
+    folder = locate(name)
     config = _read_config(folder)
     weights = folder / _WEIGHTS
     shape = _shape(config, folder)
-    parameters = _count_parameters(weights, tied=_is_tied(config))
+    parameters = count_parameters(weights, tied=_is_tied(config))
     family = FAMILIES[config["model_type"]]
     tokenizer = folder if (folder / _TOKENIZER).is_file() else mini_folder()
     vocabulary = int(config["vocab_size"])
@@ -114,33 +114,43 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _locate(name: str) -> Path:
+def locate(name: str, *, what: str = "model") -> Path:
+    """Return the folder of a model: its own, the bundled one's, or where the hub's is fetched to.
+
+    Args:
+        name: ``mini``, a folder or a hub id.
+        what: It is, for whoever reads that it is not there.
+
+    Raises:
+        BaseModelError: If there is no such folder, and it is no hub id either.
+        HubUnavailableError: If it is a hub id and the hub does not answer.
+    """
     if name == MINI:
         return mini_folder()
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise BaseModelError(f"model '{name}': no such folder; give a checkpoint folder or 'mini'")
-    return _fetch(name)
+        raise BaseModelError(f"{what} '{name}': no such folder; give a checkpoint folder or 'mini'")
+    return _fetch(name, what)
 
 
-def _fetch(hub_id: str) -> Path:
+def _fetch(hub_id: str, what: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError as err:
         raise MissingExtraError(
-            f"model '{hub_id}' is on the hub, and huggingface_hub is not installed: "
+            f"{what} '{hub_id}' is on the hub, and huggingface_hub is not installed: "
             "`pip install 'pwff[edge]'`, or give a checkpoint folder"
         ) from err
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
     except HFValidationError as err:
-        raise BaseModelError(f"model '{hub_id}' is neither a folder nor a hub id") from err
+        raise BaseModelError(f"{what} '{hub_id}' is neither a folder nor a hub id") from err
     except (OSError, HfHubHTTPError) as err:
         raise HubUnavailableError(
-            f"model '{hub_id}' could not be fetched from the hub ({type(err).__name__}); "
+            f"{what} '{hub_id}' could not be fetched from the hub ({type(err).__name__}); "
             "connect to it, or give a checkpoint folder or 'mini'"
         ) from err
 
@@ -218,7 +228,16 @@ def require_gpt2(identity: BaseIdentity, what: str) -> None:
         )
 
 
-def _count_parameters(weights: Path, *, tied: bool) -> int:
+def count_parameters(weights: Path, *, tied: bool = False) -> int:
+    """Return the number of weights in a safetensors file, from its header; no masks.
+
+    Args:
+        weights: The file.
+        tied: Whether a head is the embedding, and is not counted.
+
+    Raises:
+        BaseModelError: If it is missing or damaged.
+    """
     try:
         with weights.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

@@ -90,7 +90,9 @@ def _beyond(
     modules: ModuleShape,
     parameters: int,
 ) -> str:
-    """Return what the other choice would take, and what whole trunks would."""
+    """Return what the other choice would take, and what whole trunks would; none of an encoder."""
+    if modules.encoder_width is not None:
+        return "; the encoder that they read does not travel"
     other: RewardShares = "head" if modules.reward_shares == "adapters" else "adapters"
     heads, others = (
         stage_layout("reward", method, replace(modules, reward_shares=shares))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cloud_aggregator.emulation.fleet import ClientSpec, WorkerSpec
 from cloud_aggregator.methods import ModuleShape, find_method, stage_layout
+from device_profiles.errors import InputError
 from device_profiles.families import GPT2
 from edge_client.data.instructions import Example
 from edge_client.data.own_data import Preferences
@@ -19,13 +20,19 @@ from edge_client.local_client import LocalClient, Setup
 from edge_client.peft.build import build_model
 from edge_client.progress import Progress
 from edge_client.works import build_works, load_judging
+from quantization.encoder_identity import EncoderIdentity, identify_encoder
 from quantization.frozen_gpt2 import FrozenBase, load_frozen
 from quantization.identity import BaseIdentity
 
 
 def make_setup(spec: WorkerSpec, identity: BaseIdentity) -> Setup:
-    """Return what every client of a run has in common; it needs no base in memory."""
-    method, modules = find_method(spec.method), _modules(spec, identity)
+    """Return what every client of a run has in common; it needs no base in memory.
+
+    Raises:
+        InputError: If the encoder of the reward models is not what the run was planned on.
+    """
+    encoder = _encoder(spec)
+    method, modules = find_method(spec.method), _modules(spec, identity, encoder)
     return Setup(
         run=spec.run,
         method=spec.method,
@@ -36,6 +43,7 @@ def make_setup(spec: WorkerSpec, identity: BaseIdentity) -> Setup:
         chunk_bytes=spec.chunk_bytes,
         priced=spec.priced,
         reward_shares=spec.reward_shares,
+        encoder=encoder,
     )
 
 
@@ -64,13 +72,27 @@ def load_bases(
     return {p: there.get(p) or load_frozen(identity, p) for p in sorted(wanted)}
 
 
-def _modules(spec: WorkerSpec, identity: BaseIdentity) -> ModuleShape:
+def _encoder(spec: WorkerSpec) -> EncoderIdentity | None:
+    if spec.encoder_sha256 is None:
+        return None
+    encoder = identify_encoder(spec.reward_trunk)
+    if encoder is None or encoder.sha256 != spec.encoder_sha256:
+        raise InputError(
+            f"reward_trunk {spec.reward_trunk} changed since the run was planned; start a new run"
+        )
+    return encoder
+
+
+def _modules(
+    spec: WorkerSpec, identity: BaseIdentity, encoder: EncoderIdentity | None
+) -> ModuleShape:
     return ModuleShape(
         base=identity.shape,
         adapter_size=spec.adapter_size,
         placement=spec.placement,
         lora_rank=spec.lora_rank,
         reward_shares=spec.reward_shares,
+        encoder_width=encoder.width if encoder else None,
     )
 
 
@@ -121,8 +143,9 @@ class Bench:
                 identity,
                 spec.trunk_precision,
                 *bases.values(),
-                adapter_size=_modules(spec, identity).trunk_adapter_size,
+                adapter_size=_modules(spec, identity, self.setup.encoder).trunk_adapter_size,
                 kept=Path(spec.features),
+                encoder=self.setup.encoder,
             )
 
     def client(self, spec: ClientSpec, folder: Path, progress: Progress | None) -> LocalClient:

@@ -23,6 +23,7 @@ from edge_client.device_record import Modules, base_precision, describe_device
 from edge_client.reward.reference import scoring
 from messaging.layout import Layout
 from messaging.protocol import DeviceRecord, Stage
+from quantization.encoder_identity import BASE_TRUNK, EncoderIdentity
 from quantization.identity import BaseIdentity
 
 #: The broker's address reaches a worker through its environment: it may hold a password.
@@ -60,6 +61,8 @@ class WorkerSpec(BaseModel):
     prompts: str | None
     hashes: dict[str, str]
     trunk_precision: str
+    reward_trunk: str = BASE_TRUNK
+    encoder_sha256: str | None = None
     reward_shares: RewardShares = "head"
     placement: str
     adapter_size: int
@@ -118,7 +121,11 @@ def stage_plans(experiment: Experiment, layouts: Mapping[Stage, Layout]) -> tupl
 
 
 def plan_fleet(
-    experiment: Experiment, identity: BaseIdentity, dataset: Dataset, preferences: Preferences
+    experiment: Experiment,
+    identity: BaseIdentity,
+    dataset: Dataset,
+    preferences: Preferences,
+    encoder: EncoderIdentity | None = None,
 ) -> FleetPlan:
     """Return the clients that an experiment draws.
 
@@ -132,6 +139,7 @@ def plan_fleet(
         placement=experiment.placement,
         rank=experiment.lora_rank,
         reward_shares=experiment.reward_shares,
+        encoder=encoder,
     )
     adapter_sites(identity.shape, experiment.adapter_count)
     if experiment.lora_count is not None:
@@ -186,6 +194,10 @@ def _priced(experiment: Experiment, identity: BaseIdentity) -> CostBasis | None:
     return cost_basis(experiment.priced_at, identity.shape, rank)
 
 
+def _scoring(experiment: Experiment, modules: Modules) -> str:
+    return scoring(experiment.trunk_precision, modules.encoder.sha256 if modules.encoder else None)
+
+
 def _describe(
     experiment: Experiment, modules: Modules, device: Device, part: Part, own: Places
 ) -> DeviceRecord:
@@ -201,7 +213,7 @@ def _describe(
         threads=experiment.threads,
         helpfulness=device.preference if experiment.preference is None else experiment.preference,
         preference_pairs=own.training_pairs,
-        scoring=scoring(experiment.trunk_precision) if own.train else "",
+        scoring=_scoring(experiment, modules) if own.train else "",
         precision=base_precision(modules.identity, experiment.precision, device.profile),
         costs="modelled",
         private=experiment.privacy is not None,

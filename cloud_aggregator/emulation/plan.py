@@ -18,11 +18,12 @@ from cloud_aggregator.emulation.fleet import (
     stage_plans,
 )
 from cloud_aggregator.experiment import Experiment, stored
-from cloud_aggregator.records import DataRecord, RunRecord, model_record
+from cloud_aggregator.records import DataRecord, RunRecord, encoder_record, model_record
 from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.settings import RunSettings
 from device_profiles.errors import InputError
 from device_profiles.families import GPT2
+from device_profiles.methods import find_method
 from edge_client.data.instructions import Dataset, load_instructions
 from edge_client.data.own_data import Preferences, load_sources
 from edge_client.device_record import held_bytes
@@ -36,6 +37,7 @@ from edge_client.preflight import (
 )
 from messaging.layout import joint_sha256
 from quantization.checkpoint import look_through
+from quantization.encoder_identity import EncoderIdentity, identify_encoder
 from quantization.identity import BaseIdentity, binding, identify, require_gpt2
 
 _GATHER_SECONDS = 300.0
@@ -48,6 +50,7 @@ class Planned:
 
     experiment: Experiment
     identity: BaseIdentity
+    encoder: EncoderIdentity | None
     dataset: Dataset
     preferences: Preferences
     fleet: FleetPlan
@@ -70,12 +73,15 @@ def plan_run(experiment: Experiment, folder: RunFolder) -> Planned:
     preferences = load_sources(
         preference_sources(experiment), experiment.prompts, seed=experiment.seed
     )
+    reads = "reward" in experiment.stage_names and bool(find_method(experiment.method).objectives)
+    encoder = identify_encoder(experiment.reward_trunk) if reads else None
     return Planned(
         experiment=experiment,
         identity=identity,
+        encoder=encoder,
         dataset=dataset,
         preferences=preferences,
-        fleet=plan_fleet(experiment, identity, dataset, preferences),
+        fleet=plan_fleet(experiment, identity, dataset, preferences, encoder),
         binding=binding(identity, experiment.placement),
         workers=_worker_count(experiment),
         folder=folder,
@@ -119,6 +125,8 @@ def check_plan_memory(planned: Planned) -> None:
         rest = sum(held_bytes(planned.identity, p) for p in bases - {trunk})
         policies = workers * (one.state + one.before + rest)
         needed = max(needed, fleet_bytes(learning, workers, trunk) + policies)
+    if planned.encoder is not None:
+        needed += workers * planned.encoder.bytes
     check_memory(
         needed,
         free_memory(),
@@ -138,6 +146,7 @@ def _check_unchanged(record: RunRecord, planned: Planned) -> None:
         "tokenizer": (record.model.tokenizer_sha256, planned.identity.tokenizer_sha256),
         "data": (record.data.sha256, planned.dataset.sha256),
         "preference data": (record.data.preferences, planned.preferences.hashes),
+        "reward_trunk": (record.encoder, encoder_record(planned.encoder)),
     }
     for name, (then, now) in pairs.items():
         if then != now:
@@ -180,6 +189,7 @@ def run_record(planned: Planned, *, resume: bool) -> RunRecord:
         codec=experiment.codec,
         aggregation=experiment.aggregation,
         reward_shares=experiment.reward_shares,
+        encoder=encoder_record(planned.encoder),
         model=model_record(planned.identity, planned.fleet.priced),
         data=DataRecord(
             source=experiment.data,
@@ -286,6 +296,8 @@ def fleet_spec(planned: Planned, clients: list[ClientSpec]) -> WorkerSpec:
         prompts=experiment.prompts,
         hashes=planned.preferences.hashes,
         trunk_precision=experiment.trunk_precision,
+        reward_trunk=experiment.reward_trunk,
+        encoder_sha256=planned.encoder.sha256 if planned.encoder else None,
         reward_shares=experiment.reward_shares,
         placement=experiment.placement,
         adapter_size=experiment.adapter_size,

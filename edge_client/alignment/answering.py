@@ -43,6 +43,11 @@ class Answering:
         """How often a response goes through the trunk until all reward models have scored it."""
         return self._judging.reads(self._objectives)
 
+    @property
+    def encodes(self) -> bool:
+        """Whether an encoder reads every response that is scored."""
+        return self._judging.encoder is not None
+
     def heads(self, states: GlobalStates) -> Heads:
         """Return the reward models.
 
@@ -132,6 +137,7 @@ class Answering:
             answers,
             end_token=model.base.end_token,
             token_features=heads.token_features,
+            encoded=heads.encoded_features,
             scores={name: heads.score(name) for name in self._objectives},
         )
 

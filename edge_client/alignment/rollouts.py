@@ -71,6 +71,7 @@ def judged(
     end_token: int,
     token_features: Callable[[Sequence[Encoded]], tuple[Mapping[str, Tensor], list[int]]],
     scores: Mapping[str, Callable[[Tensor], Tensor]],
+    encoded: Callable[[Sequence[Encoded]], Mapping[str, Tensor] | None] = lambda _: None,
 ) -> list[Rollout]:
     """Return responses with their scores; each trunk goes through each of them once.
 
@@ -82,6 +83,8 @@ def judged(
             token, one after the other, (P, F); and how many belong to each.
         scores: For each objective, re-centred scores from features at the last places.
             Shape (B, F) -> (B,).
+        encoded: By objective, what is scored of each example instead of its last place, if anything
+            is. Shape (B, F).
 
     Raises:
         InputError: If an answer is empty and did not end by itself.
@@ -89,7 +92,9 @@ def judged(
     closed = [_joined(p, a.tokens, end_token) for p, a in zip(prompts, answers, strict=True)]
     features, lengths = token_features(closed)
     parts = {name: torch.split(features[name], lengths) for name in scores}
-    last = {name: torch.stack([part[-1] for part in own]) for name, own in parts.items()}  # (B, F)
+    last = encoded(closed) or {
+        name: torch.stack([part[-1] for part in own]) for name, own in parts.items()
+    }  # (B, F) each
     found = {name: score(last[name]).tolist() for name, score in scores.items()}
     return [
         Rollout(

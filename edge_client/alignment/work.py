@@ -47,7 +47,7 @@ from edge_client.instruction_work import InstructionWork
 from edge_client.peft.packed_model import PackedModel
 from edge_client.policy import Policy
 from edge_client.progress import Interruption
-from edge_client.reward.judging import Judging
+from edge_client.reward.judging import Heads, Judging
 from edge_client.stage_work import GlobalStates, Measured, Trained
 from edge_client.state import ClientState, StateStore
 from messaging.layout import Vector
@@ -159,15 +159,7 @@ class AlignmentWork:
         model = self._model
         heads = self._answering.heads(states)
         critics: dict[str, Critic] = {
-            name: Critic(
-                heads.build,
-                critic_tensors(state, name) or heads.tensors(name),
-                mean=heads.scales[name].mean,
-                deviation=heads.scales[name].deviation,
-                learning_rate=PPO.critic_learning_rate,
-                moments=critic_moments(state, name),
-            )
-            for name in self._objectives
+            name: _critic(heads, name, state) for name in self._objectives
         }
         descent = policy_descent(
             model,
@@ -221,7 +213,7 @@ class AlignmentWork:
             after=None if states.shared is None else self._policy.shared(tensors),
             loss=_value_loss(done),
             weight=self._policy.device.examples,
-            **_counted(drawn, done, minibatches, self._answering.reads),
+            **_counted(drawn, done, minibatches, self._answering),
         )
 
     def _train_on_pairs(
@@ -306,6 +298,19 @@ class AlignmentWork:
         return vector
 
 
+def _critic(heads: Heads, objective: Objective, state: ClientState) -> Critic:
+    """Return an objective's critic as the state has it, or as it begins."""
+    tensors, mean, deviation = heads.critic(objective)
+    return Critic(
+        heads.build,
+        critic_tensors(state, objective) or tensors,
+        mean=mean,
+        deviation=deviation,
+        learning_rate=PPO.critic_learning_rate,
+        moments=critic_moments(state, objective),
+    )
+
+
 def _value_loss(done: Sequence[StepFigures]) -> float | None:
     """Return the critics' mean loss; the policy's own says nothing of how well it does."""
     losses = [loss for step in done for loss in step.value_losses.values()]
@@ -313,18 +318,19 @@ def _value_loss(done: Sequence[StepFigures]) -> float | None:
 
 
 def _counted(
-    drawn: Sequence[Rollout], done: Sequence[StepFigures], minibatches: int, reads: int
+    drawn: Sequence[Rollout], done: Sequence[StepFigures], minibatches: int, answering: Answering
 ) -> dict[str, int]:
     """Return what went through the model, for the costs.
 
-    A response is drawn, read by the trunk (``reads`` times: with adapters on it, once for each
-    reward model), and looked at under the old and the reference policy; then it is trained on in
-    each epoch that was gone through. ``minibatches`` make an epoch.
+    A response is drawn, read by the trunk (with adapters on it, once for each reward model), by an
+    encoder where there is one, and looked at under the old and the reference policy; then it is
+    trained on in each epoch that was gone through. ``minibatches`` make an epoch.
     """
     tokens = sum(len(r.example.tokens) for r in drawn)
     passes = float(np.mean([step.improvement.updates for step in done])) / minibatches
     return {
         "tokens": round(tokens * passes),
         "rows": max(1, round(len(drawn) * passes)),
-        "read_tokens": (3 + reads) * tokens,
+        "read_tokens": (3 + answering.reads) * tokens,
+        "encoder_tokens": tokens if answering.encodes else 0,
     }

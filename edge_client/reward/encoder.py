@@ -25,18 +25,20 @@ _POOLER = "pooler."  # of BERT: made for another task, not read here
 
 
 class Encoder:
-    """A frozen encoder in fp32.
+    """A frozen encoder in fp32, on the CPU.
 
     Args:
         name: A folder, or a hub id such as ``distilbert-base-uncased``.
+        sha256: Of what is in it, for whoever asks later.
 
     Raises:
         BaseModelError: If it is no encoder, damaged, or without a tokenizer.
         HubUnavailableError: If it is a hub id and the hub does not answer.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, sha256: str = "") -> None:
         import_quietly()
+        self.sha256 = sha256
         local = Path(name).expanduser().is_dir()
         source = str(Path(name).expanduser()) if local else name
         if local and not (Path(source) / "config.json").is_file():

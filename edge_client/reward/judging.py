@@ -3,7 +3,8 @@
 The trunk is the frozen base at one precision for the whole run, so that a reward model that was
 averaged over devices reads the same features on each of them; scores are put on one scale by the
 reference set. It is bare, and then one pass serves all reward models; or every reward model has
-adapters on it, and reads for itself.
+adapters on it, and reads for itself. Or the trunk is an encoder: it reads whole responses, and the
+critics, which want features of a state, read the bare base.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from device_profiles.methods import Objective
 from device_profiles.modules import BaseShape
-from device_profiles.reward_heads import reward_tensors
+from device_profiles.reward_heads import HIDDEN, initial_heads, reward_tensors
 from edge_client.data.prompts import Encoded, encode_example
 from edge_client.peft.packed_model import PackedModel
+from edge_client.reward.encoder import Encoder
 from edge_client.reward.features import Trunk
 from edge_client.reward.head import Head, adapters_of, of_objective
 from edge_client.reward.kept_features import KeptFeatures
@@ -52,7 +55,8 @@ class Heads:
         self._tensors: dict[str, Tensors] = {
             name: of_objective(tensors, name) for name in objectives
         }
-        self._heads = {n: Head(own).to(judging.device) for n, own in self._tensors.items()}
+        place = judging.scores_on
+        self._heads = {n: Head(own).to(place) for n, own in self._tensors.items()}
         self.scales = {
             name: Scale.of(head, judging.reference_features(tensors, name))
             for name, head in self._heads.items()
@@ -61,6 +65,27 @@ class Heads:
     def tensors(self, objective: str) -> Tensors:
         """Return a head's tensors by name."""
         return self._tensors[objective]
+
+    def critic(self, objective: str) -> tuple[Tensors, float, float]:
+        """Return what an objective's critic starts from: a head on the trunk, mean, deviation.
+
+        That is the reward model's own; an encoder's reads nothing of a state, so that critics start
+        from a head on the bare base that knows nothing, the same everywhere.
+        """
+        if self._judging.encoder is not None:
+            return initial_heads([objective], self._judging.trunk.width, HIDDEN, 0), 0.0, 1.0
+        scale = self.scales[objective]
+        return self._tensors[objective], scale.mean, scale.deviation
+
+    def encoded_features(self, examples: Sequence[Encoded]) -> Mapping[str, Tensor] | None:
+        """Return responses as each objective's reward model reads them, if that is an encoder.
+
+        None where the last of the token features is what it reads. Shape (N, F) for each.
+        """
+        if self._judging.encoder is None:
+            return None
+        found = self._judging.encoded(examples)
+        return dict.fromkeys(self._heads, found)
 
     def score(self, objective: str) -> Callable[[Tensor], Tensor]:
         """Return what gives re-centred scores from features. Shape (N, F) -> (N,)."""
@@ -92,6 +117,8 @@ class Judging:
         adapter_size: Bottleneck size of the adapters that each reward model has on it; 0 for none.
         kept: Folder in which the features of a bare trunk are kept for the next process; None for
             no next one.
+        encoder: Trunk instead of the base, which has no adapters then; its texts are of the base's
+            tokens.
 
     Attributes:
         model: The base with room for the adapters of one reward model at a time.
@@ -99,9 +126,14 @@ class Judging:
     """
 
     def __init__(
-        self, base: FrozenBase, *, adapter_size: int = 0, kept: Path | None = None
+        self,
+        base: FrozenBase,
+        *,
+        adapter_size: int = 0,
+        kept: Path | None = None,
+        encoder: Encoder | None = None,
     ) -> None:
-        self.base, self.adapter_size = base, adapter_size
+        self.base, self.adapter_size, self.encoder = base, adapter_size, encoder
         self.model = PackedModel(
             base, adapter_size=adapter_size, placement="qkv", lora_count=0, lora_rank=1
         )
@@ -109,6 +141,27 @@ class Judging:
         self.device = self.model.device
         self._known: tuple[bytes, Heads] | None = None
         self._kept = None if adapter_size or kept is None else KeptFeatures(kept)
+
+    @property
+    def scores_on(self) -> torch.device:
+        """Where heads compute: where what they read is."""
+        return self.device if self.encoder is None else torch.device("cpu")
+
+    def encoded(self, examples: Sequence[Encoded]) -> Tensor:
+        """Return examples as the encoder reads their texts. Shape (N, F).
+
+        Raises:
+            ValueError: If there is no encoder.
+        """
+        if self.encoder is None:
+            raise ValueError("the trunk is no encoder")
+        return self.encoder.response_features([self._text(example) for example in examples])
+
+    def _text(self, example: Encoded) -> tuple[str, str]:
+        start, tokens = example.response_start, example.tokens
+        end = len(tokens) - (len(tokens) > start and int(tokens[-1]) == self.base.end_token)
+        decode = self.base.tokenizer.decode
+        return decode(tokens[:start].tolist()), decode(tokens[start:end].tolist())
 
     def trunk_of(self, tensors: Tensors, objective: str) -> Trunk:
         """Return the trunk as an objective's reward model reads it, until the next is asked for.
@@ -131,10 +184,16 @@ class Judging:
         Raises:
             DiskError: If what is read is to be kept, and the disk does not take it.
         """
-        trunk = self.trunk_of(tensors, objective)
+
+        def read() -> Tensor:
+            if self.encoder is not None:
+                return self.encoded(examples)
+            return self.trunk_of(tensors, objective).response_features(examples)
+
         if self._kept is None:
-            return trunk.response_features(examples)
-        return self._kept.of(self.base, examples, lambda: trunk.response_features(examples))
+            return read()
+        encoder = "" if self.encoder is None else self.encoder.sha256
+        return self._kept.of(self.base, examples, read, encoder=encoder)
 
     def reads(self, objectives: Sequence[Objective]) -> int:
         """Return how often a response goes through the trunk until all have scored it."""
@@ -142,6 +201,8 @@ class Judging:
 
     def reference_features(self, tensors: Tensors, objective: str) -> Tensor:
         """Return the public reference set as a reward model reads it. Shape (N, F)."""
+        if self.encoder is not None:
+            return self._encoded_reference
         if not self.adapter_size:
             return self._bare_reference
         return self.trunk_of(tensors, objective).response_features(self._reference)
@@ -153,6 +214,10 @@ class Judging:
         return [encode_example(row, self.base.tokenizer, most) for row in rows]
 
     @cached_property
+    def _encoded_reference(self) -> Tensor:
+        return self.encoded(self._reference)
+
+    @cached_property
     def _bare_reference(self) -> Tensor:
         return self.trunk.response_features(self._reference)
 
@@ -160,8 +225,9 @@ class Judging:
         """Return the reward models that a packed vector holds, by tensor name; none for none."""
         if vector is None:
             return None
-        shape = self.base.identity.shape
-        return reward_layout(objectives, shape, self.adapter_size).unpack(vector)
+        width = None if self.encoder is None else self.encoder.width
+        layout = reward_layout(objectives, self.base.identity.shape, self.adapter_size, width)
+        return layout.unpack(vector)
 
     def heads(self, tensors: Tensors, objectives: Sequence[Objective]) -> Heads:
         """Return the reward models of these tensors; those that were asked for last are kept."""
@@ -172,7 +238,11 @@ class Judging:
 
 
 def reward_layout(
-    objectives: Sequence[Objective], base: BaseShape, adapter_size: int = 0
+    objectives: Sequence[Objective],
+    base: BaseShape,
+    adapter_size: int = 0,
+    encoder_width: int | None = None,
 ) -> Layout:
     """Return the order of the reward models' tensors in a packed vector."""
-    return Layout.of(t for name in objectives for t in reward_tensors(name, base, adapter_size))
+    trunk = base, adapter_size, encoder_width
+    return Layout.of(t for name in objectives for t in reward_tensors(name, *trunk))

@@ -31,7 +31,12 @@ class KeptFeatures:
         self._folder = folder
 
     def of(
-        self, base: FrozenBase, examples: Sequence[Encoded], read: Callable[[], Tensor]
+        self,
+        base: FrozenBase,
+        examples: Sequence[Encoded],
+        read: Callable[[], Tensor],
+        *,
+        encoder: str = "",
     ) -> Tensor:
         """Return what is kept of these examples under a bare base, or read and keep it.
 
@@ -39,22 +44,23 @@ class KeptFeatures:
             base: The trunk, without modules.
             examples: N of them.
             read: Goes through the trunk. Shape (N, F), fp32.
+            encoder: Hash of the encoder that is the trunk instead; the base's tokens are its texts.
 
         Raises:
             DiskError: If the disk does not take it.
         """
-        path = self._folder / f"{_key(base, examples)}.safetensors"
+        path = self._folder / f"{_key(base, encoder, examples)}.safetensors"
         found = _load(path)
         if found is None or len(found) != len(examples):
             found = read()
             kept = {_NAME: found.cpu().contiguous()}
             replace_file(path, lambda new: save_file(kept, new))
-        return found.to(base.weights.positions.device)
+        return found if encoder else found.to(base.weights.positions.device)
 
 
-def _key(base: FrozenBase, examples: Sequence[Encoded]) -> str:
+def _key(base: FrozenBase, encoder: str, examples: Sequence[Encoded]) -> str:
     where = (torch.__version__, torch.get_num_threads(), str(base.weights.positions.device))
-    said = (base.identity.sha256, base.precision, base.backend, *where)
+    said = (base.identity.sha256, base.precision, base.backend, encoder, *where)
     digest = hashlib.sha256("\n".join(map(str, said)).encode())
     for example in examples:
         tokens = example.tokens

@@ -39,9 +39,16 @@ def load_reference() -> Reference:
     return Reference(examples=examples, sha256=hashlib.sha256(content).hexdigest())
 
 
-def scoring(trunk_precision: str) -> str:
-    """Return what a device's record says of how it scores: what is the same on all of a run."""
-    return f"{trunk_precision}:{load_reference().sha256}"
+def scoring(trunk_precision: str, encoder_sha256: str | None = None) -> str:
+    """Return what a device's record says of how it scores: what is the same on all of a run.
+
+    With an encoder, one hash is of it, of the trunk that critics read, and of the reference set.
+    """
+    read = load_reference().sha256
+    if encoder_sha256 is None:
+        return f"{trunk_precision}:{read}"
+    words = f"{encoder_sha256} {trunk_precision} {read}"
+    return f"encoder:{hashlib.sha256(words.encode()).hexdigest()}"
 
 
 def draw_reference(

@@ -97,6 +97,8 @@ class RewardWork:
         pairs = sum(result.pairs for result in done.values())
         # a bare trunk reads a pair once a run; a process that begins again does what is not counted
         reads = not self._judging.adapter_size and not state.numbers
+        read = self._tokens(task) if reads else 0
+        encodes = self._judging.encoder is not None
         return Trained(
             state=replace(state, extra=_kept(done), numbers=_steps(done)),
             after=self._layout.pack(trained),
@@ -104,7 +106,8 @@ class RewardWork:
             weight=self._device.preference_pairs,
             tokens=sum(result.tokens for result in done.values()),
             rows=2 * pairs if self._judging.adapter_size else 0,
-            read_tokens=self._tokens(task) if reads else 0,
+            read_tokens=0 if encodes else read,
+            encoder_tokens=read if encodes else 0,
         )
 
     def evaluate(self, task: Task, state: ClientState, states: GlobalStates) -> Measured:

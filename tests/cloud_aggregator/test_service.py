@@ -13,7 +13,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from cloud_aggregator.database import StoreError
-from cloud_aggregator.records import DataRecord, ModelRecord, PricedRecord, model_record
+from cloud_aggregator.records import (
+    DataRecord,
+    EncoderRecord,
+    ModelRecord,
+    PricedRecord,
+    model_record,
+)
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder
 from cloud_aggregator.service import serve
@@ -100,6 +106,11 @@ def test_a_store_of_no_known_kind_ends_the_service_before_it_begins(tmp_path: Pa
         ("3600", "3600\nlearning_rate = 0", "learning_rate = 0"),
         ("3600", "3600\nchunk_bytes = 1000", "chunk_bytes = 1000"),
         ("3600", '3600\nreward_shares = "trunk"', "reward_shares = 'trunk'"),
+        (
+            "3600",
+            '3600\nreward_trunk = "bert"\nreward_shares = "adapters"',
+            "adapters go on the base alone",
+        ),
         ("3600", "3600\ngrants = 64", "grants = 64 uploads of window = 16"),
         ("3600", "3600\nbroker_queue = 100", "the broker queues 100 messages"),
         ("3600", '3600\nchunk_bytes = "tiny"', "unknown chunk profile 'tiny'; choose one of"),
@@ -171,6 +182,7 @@ def test_a_folder_with_another_run_is_not_gone_on_with(checkpoint: Path) -> None
         sha256=file_sha256(checkpoint / "model.safetensors"),
         tokenizer_sha256="c" * 64,
     )
+    encoder = EncoderRecord(name="bert", parameters=8, width=8, sha256="e" * 64)
     folder = RunFolder(checkpoint.parent / "run")
     for name, changes in (
         ("seed", {"seed": 8}),
@@ -178,6 +190,7 @@ def test_a_folder_with_another_run_is_not_gone_on_with(checkpoint: Path) -> None
         ("method", {"method": "fedada"}),
         ("codec", {"codec": "int8"}),
         ("reward_shares", {"reward_shares": "adapters"}),
+        ("reward_trunk", {"encoder": encoder}),
         ("base", {"model": model.model_copy(update={"sha256": "0" * 64})}),
     ):
         kept = record_of(**{"model": model, "seed": 7, **changes})

@@ -198,6 +198,23 @@ def test_without_a_priced_shape_a_step_is_the_bases_own() -> None:
     assert cost.seconds == pytest.approx(64 * per_token / compute.flops, rel=1e-12)
 
 
+def test_what_an_encoder_reads_is_priced_with_its_own_weights() -> None:
+    costs = CostModel(
+        method=METHODS["pwff"],
+        modules=modules(),
+        parameters=3_000_000,
+        lora_count=12,
+        priced=cost_basis("gpt2-small", MINI, 96),
+        profile=find_profile("raspberry-pi-5-8gb"),
+        link=PAPER_LINK,
+        chunk_bytes=CHUNK_BYTES,
+        encoder_parameters=22_000_000,
+    )
+    rate = find_profile("raspberry-pi-5-8gb").compute.flops
+    cost = costs.compute(0, 0, 10, 30, stage="reward")
+    assert cost.seconds == pytest.approx(2 * (10 * WEIGHTS + 30 * 22_000_000) / rate)
+
+
 def test_a_method_that_trains_one_kind_is_charged_with_that_alone() -> None:
     by_method = {n: trained_parameters(METHODS[n], modules(SMALL, rank=8), 12) for n in METHODS}
     lora = 12 * 8 * (768 + 768)

@@ -87,12 +87,17 @@ def test_a_training_is_priced_by_what_its_task_asks_for() -> None:
     # through adapters on the trunks, both learn from as many
     told = withheld_training(trained(), a_task(stage="reward"), rewards=2, adapted=True)
     assert (told.rows, told.tokens, told.read_tokens) == (24, 2304, 0)
+    # or are read by an encoder
+    told = withheld_training(trained(), a_task(stage="reward"), rewards=2, encoded=True)
+    assert (told.tokens, told.read_tokens, told.encoder_tokens) == (0, 0, 2304)
     # 3 steps of 16 rollouts, four epochs of PPO and one of RLOO; drawn, two policies, the trunk
     aligned = a_task(stage="alignment", alignment=AlignmentSettings(rollouts=16))
     told = withheld_training(trained(), aligned, rewards=2)
     assert (told.rows, told.read_tokens) == (4 * 48, 4 * 48 * 96)
     told = withheld_training(trained(), aligned, rewards=2, adapted=True)
     assert (told.rows, told.read_tokens) == (4 * 48, 5 * 48 * 96)
+    told = withheld_training(trained(), aligned, rewards=2, encoded=True)
+    assert (told.read_tokens, told.encoder_tokens) == (4 * 48 * 96, 48 * 96)
     without = AlignmentSettings(algorithm="rloo", rollouts=16)
     told = withheld_training(trained(), a_task(stage="alignment", alignment=without), rewards=2)
     assert (told.rows, told.read_tokens) == (48, 4 * 48 * 96)

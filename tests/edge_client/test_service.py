@@ -24,6 +24,7 @@ from edge_client import service
 from edge_client.data.instructions import kit_file
 from edge_client.host import Host
 from edge_client.reward.judging import reward_layout
+from edge_client.reward.reference import scoring
 from edge_client.service import Client, load_client, take_part
 from edge_client.state import StateStore
 from messaging.chunks import Missing, chunk_count, make_chunk, parse_chunk
@@ -32,6 +33,7 @@ from messaging.errors import AddressError
 from messaging.layout import Layout, joint_sha256
 from messaging.memory import MemoryNetwork
 from messaging.protocol import Channel, Grant, Hello, Manifest, Offer, Preference, StateRef, Want
+from quantization.encoder_identity import identify_encoder
 from quantization.errors import BaseModelError, HubUnavailableError
 from quantization.identity import BaseIdentity, binding
 from tests.edge_client.conftest import (
@@ -42,6 +44,7 @@ from tests.edge_client.conftest import (
     a_task,
     adapter_layout,
 )
+from tests.edge_client.reward.encoders import write_encoder
 
 NAME = "laptop-1"
 #: What the plans of these devices say; it is held by the tests of planning.
@@ -131,6 +134,10 @@ def test_what_is_not_given_has_its_default(write: Callable[..., Path]) -> None:
         ({"private": True, "others_data": "kit"}, "others_data = 'kit' with private = true"),
         ({"trunk_precision": "int5"}, r"client\.toml: trunk_precision = 'int5'"),
         ({"reward_shares": "trunk"}, r"client\.toml: reward_shares = 'trunk'"),
+        (
+            {"reward_trunk": "bert", "reward_shares": "adapters"},
+            r"client\.toml: reward_shares = 'adapters' with reward_trunk = 'bert'",
+        ),
     ],
 )
 def test_a_configuration_that_is_wrong_is_refused_by_name(
@@ -332,6 +339,23 @@ def test_a_device_with_preference_pairs_says_how_many_and_how_it_scores(
     adapters = adapter_layout(identity)
     heads = Layout.of(t for n in OBJECTIVES for t in head_tensors(n, identity.shape.width))
     assert hello.layout == joint_sha256([adapters, heads, adapters])
+
+
+def test_a_device_whose_reward_models_read_an_encoder_says_which(
+    write: Callable[..., Path], network: _Network, identity: BaseIdentity, tmp_path: Path
+) -> None:
+    given = {"stages": ALL_STAGES, "helpfulness_data": "kit", "harmlessness_data": "kit"}
+    encoder = identify_encoder(str(write_encoder(tmp_path / "bert")))
+    assert encoder is not None
+    cloud = Cloud(network)
+    with taking_part(load_client(write(**given, reward_trunk=str(encoder.folder)))):
+        hello = cloud.hear(Hello)
+    adapters = adapter_layout(identity)
+    heads = Layout.of(t for n in OBJECTIVES for t in head_tensors(n, encoder.width))
+    assert hello.layout == joint_sha256([adapters, heads, adapters])
+    assert hello.device is not None
+    assert hello.device.scoring == scoring("int8", encoder.sha256)
+    assert len({scoring("int8", encoder.sha256), scoring("int8", "f" * 64), scoring("int8")}) == 3
 
 
 def test_a_device_whose_reward_models_have_adapters_is_not_in_a_run_whose_have_none(

@@ -6,7 +6,6 @@ adapters of size 4 hold 36 * (2*16*4 + 16 + 4).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from device_profiles.config_files import read_toml
 from device_profiles.errors import InputError
 from messaging.broker import embedded_kind
 from tests.end_to_end.conftest import comparable, read_run
+from tests.end_to_end.rewards import SMALL, STAGES, write_data
 
-STAGES = ["instruction", "reward", "reward", "alignment"]
 HEAD, ADAPTERS = 64 * 33 + 2 * 64 + 1, 36 * 148
 
 Made = Callable[..., Experiment]
@@ -32,31 +31,10 @@ Made = Callable[..., Experiment]
 @pytest.fixture(scope="module")
 def made(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Return what makes the experiment of two clients with a few rows and pairs of their own."""
-    folder = tmp_path_factory.mktemp("data")
-
-    def write(name: str, rows: list[dict[str, str]]) -> str:
-        path = folder / f"{name}.jsonl"
-        path.write_text("\n".join(json.dumps(row) for row in rows))
-        return str(path)
-
-    data = [{"instruction": f"Say {i}", "output": f"The number {i}."} for i in range(12)]
-    files = {"data": write("rows", data)}
-    ends = {"helpfulness": ("The number", "No"), "harmlessness": ("A", "Go")}
-    for name, (better, worse) in ends.items():
-        rows = [
-            {"instruction": f"Name {name} {i}", "chosen": f"{better} {i}.", "rejected": worse}
-            for i in range(12)
-        ]
-        files[name] = write(name, rows)
+    files = write_data(tmp_path_factory.mktemp("data"))
 
     def make(**how: Any) -> Experiment:
-        settings = {
-            "stages": "instruction,reward,alignment", "reward_shares": "adapters",
-            "model": str(tiny_checkpoint), "partition": "iid", "clients": 2, "rounds": "1,2,1",
-            "local_steps": "1,3,1", "batch_size": 2, "reward_batch_size": 2, "max_length": 64,
-            "rollouts": 4, "max_new_tokens": 6, "held_out_prompts": 2, "adapter_size": 4,
-            "transport": "memory",
-        }  # fmt: skip
+        settings = {**SMALL, "model": str(tiny_checkpoint), "reward_shares": "adapters"}
         return load_experiment(None, {**files, **settings, **how})
 
     return make

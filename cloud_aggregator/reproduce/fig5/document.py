@@ -25,7 +25,7 @@ _SHOWN = (
     "reward_batch_size", "reward_learning_rate", "algorithm", "rollouts", "alignment_learning_rate",
     "temperature", "kl_coefficient", "kl_target", "reward_drop", "max_new_tokens",
     "held_out_prompts", "max_length", "codec", "channel", "placement", "adapter_size",
-    "trunk_precision", "reward_shares",
+    "trunk_precision", "reward_trunk", "reward_shares",
 )  # fmt: skip
 
 

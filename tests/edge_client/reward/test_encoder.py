@@ -11,35 +11,13 @@ import torch
 
 from edge_client.reward.encoder import Encoder
 from quantization.errors import BaseModelError, HubUnavailableError
+from tests.edge_client.reward.encoders import write_encoder
 
-WORDS = ["the", "a", "number", "river", "bridge", "name", "is", "of", "four", "three", "good"]
 TEXTS = [
     ("name a river", "the river"),
     ("name a number of the bridge", "three is a good number"),
     ("name the four", "four"),
 ]
-
-
-def write_encoder(folder: Path) -> Path:
-    """Write a BERT with random weights and a tokenizer that knows a few words."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder.mkdir()
-    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    (folder / "vocab.txt").write_text("\n".join([*marks, *WORDS]))
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(marks) + len(WORDS),
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=16,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        BertModel(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

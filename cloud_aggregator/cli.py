@@ -97,7 +97,7 @@ def _list_experiments(ctx: click.Context, _option: click.Parameter, wanted: bool
 @click.option("--prompts", metavar="kit|FILE", help="That alignment answers (the pairs' own).")
 @click.option("--trunk-precision", metavar="NAME", help="Of what reward models read (int8).")
 @click.option("--reward-trunk", metavar="base|DIR|HUB_ID", help="That reward models read (base).")
-@click.option("--reward-shares", metavar="head|adapters", help="Of a reward model (head).")
+@click.option("--reward-shares", metavar="head|adapters|all", help="Of a reward model (head).")
 @click.option("--reward-batch-size", type=int, metavar="N", help="Pairs a step (32).")
 @click.option("--reward-learning-rate", type=float, metavar="X", help="Of reward models (0.0003).")
 @click.option("--margin", type=float, metavar="X", help="Of the Bradley-Terry loss (0).")

@@ -21,11 +21,11 @@ from device_profiles.link import PAPER_LINK, Link, profile_link
 from device_profiles.methods import RewardShares
 from device_profiles.modules import PLACEMENTS
 from device_profiles.profile import Radio
+from device_profiles.reward_heads import BASE_TRUNK, check_trunk
 from device_profiles.stages import STAGES, parse_stages
 from messaging.chunks import CHUNK_BYTES, ChunkBytes
 from messaging.mqtt import parse_address
 from messaging.protocol import AlignmentSettings, Codec, Stage
-from quantization.encoder_identity import BASE_TRUNK, check_reward_trunk
 
 _MOST = 1_000_000
 Positive = Annotated[int, Field(ge=1, le=_MOST)]
@@ -99,7 +99,7 @@ class Experiment(CountingKeys):
         reward_trunk: What the reward models read: the ``base`` itself, or an encoder, a folder or a
             hub id such as ``distilbert-base-uncased``.
         reward_shares: What of a reward model is learned and travels: its ``head``, or ``adapters``,
-            which its trunk then has too (``docs/rewards.md``).
+            which its trunk then has too, or ``all`` of head and trunk (``docs/rewards.md``).
         reward_batch_size: Pairs a step of reward learning.
         reward_learning_rate: Of its AdamW.
         margin: By which the Bradley-Terry loss wants a chosen response to score higher.
@@ -358,7 +358,7 @@ def check_experiment(experiment: Experiment, source: str) -> None:
         wanted=experiment.wanted,
         has_cohort=experiment.cohort is not None,
     )
-    check_reward_trunk(experiment.reward_trunk, experiment.reward_shares)
+    check_trunk(experiment.reward_trunk, experiment.reward_shares, experiment.trunk_precision)
     if experiment.priced_lora_rank is not None and experiment.priced_at == "base":
         raise InputError(
             f"priced_lora_rank = {experiment.priced_lora_rank} with priced_at 'base', which has "

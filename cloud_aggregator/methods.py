@@ -51,6 +51,5 @@ def initial_tensors(method: Method, modules: ModuleShape, seed: int) -> Tensors:
 def initial_state(stage: Stage, method: Method, modules: ModuleShape, seed: int) -> Tensors:
     """Return the shared tensors that every device begins a stage with, if nothing came before."""
     if stage == "reward":
-        size, width = modules.trunk_adapter_size, modules.encoder_width
-        return initial_rewards(method.objectives, modules.base, size, seed, width)
+        return initial_rewards(method.objectives, modules.trunk, seed)
     return initial_tensors(method, modules, seed)

@@ -19,12 +19,12 @@ from device_profiles.config_files import Config, choose, load
 from device_profiles.errors import InputError
 from device_profiles.methods import RewardShares
 from device_profiles.modules import PLACEMENTS
+from device_profiles.reward_heads import BASE_TRUNK, check_trunk
 from device_profiles.stages import parse_stages
 from messaging.chunks import CHUNK_BYTES, ChunkBytes
 from messaging.claims import CLAIM_ABOVE_BYTES
 from messaging.protocol import AlignmentSettings, Codec, Identifier
 from messaging.transfer import LimitsError, check_limits
-from quantization.encoder_identity import BASE_TRUNK, check_reward_trunk
 
 #: Of the environment: the address of the run's store, in place of the configuration's.
 STORE_VARIABLE = "PWFF_STORE"
@@ -71,8 +71,8 @@ class Service(CountingKeys):
             ``RewardSection`` and ``AlignmentSection``.
         reward_trunk: What reward models read: the ``base`` itself, or an encoder, a folder or a hub
             id such as ``distilbert-base-uncased``; every device has the same.
-        reward_shares: What of a reward model is learned and travels, ``head`` or ``adapters``: see
-            ``docs/rewards.md``; every device has the same.
+        reward_shares: What of a reward model is learned and travels, ``head``, ``adapters`` or
+            ``all``: see ``docs/rewards.md``; every device has the same.
         cohort: Devices whose updates a round wants, drawn each alike among those that are there; by
             default every one that is there. ``aggregation`` and what goes with it is described in
             ``cloud_aggregator.counting.CountingKeys``.
@@ -192,7 +192,7 @@ def load_service(path: Path) -> Service:
             'no monitor to show them; give monitor = "127.0.0.1:9464", or leave it out'
         )
     check_restraint(service.restraint, service.method, stages, str(path))
-    check_reward_trunk(service.reward_trunk, service.reward_shares, f"{path}: ")
+    check_trunk(service.reward_trunk, service.reward_shares, where=f"{path}: ")
     if service.minimum_clients > service.clients:
         raise InputError(
             f"{path}: minimum_clients = {service.minimum_clients} is above clients = "

@@ -22,13 +22,14 @@ from cloud_aggregator.settings import RunSettings
 from cloud_aggregator.stages import StagePlan
 from device_profiles.errors import InputError
 from device_profiles.modules import lora_rank
+from device_profiles.reward_heads import BASE_TRUNK
 from device_profiles.stages import parse_stages
 from messaging.claims import Claims, ClaimStore
 from messaging.layout import Layout, joint_sha256
 from messaging.mqtt import MqttNetwork
 from messaging.protocol import Stage
 from messaging.transfer import UploadLimits
-from quantization.encoder_identity import BASE_TRUNK, EncoderIdentity, identify_encoder
+from quantization.encoder_identity import EncoderIdentity, identify_encoder
 from quantization.identity import BaseIdentity, binding, require_gpt2
 
 _SILENT_BEATS = 3

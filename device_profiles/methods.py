@@ -19,14 +19,14 @@ from device_profiles.modules import (
     lora_sites,
     lora_tensors,
 )
-from device_profiles.reward_heads import reward_tensors
+from device_profiles.reward_heads import TrunkShape, reward_tensors
 
 Kind = Literal["adapters", "lora"]
 Stage = Literal["instruction", "reward", "alignment"]
 Objective = Literal["helpfulness", "harmlessness"]
 
 #: What of a reward model is learned and travels: its head, or the adapters on its trunk as well.
-RewardShares = Literal["head", "adapters"]
+RewardShares = Literal["head", "adapters", "all"]
 
 #: What reward models judge, in the order that is used everywhere.
 OBJECTIVES: tuple[Objective, ...] = ("helpfulness", "harmlessness")
@@ -141,9 +141,14 @@ class ModuleShape:
     encoder_width: int | None = None
 
     @property
-    def trunk_adapter_size(self) -> int:
-        """Bottleneck size of the adapters on the trunk of a reward model; 0 for a bare trunk."""
-        return self.adapter_size if self.reward_shares == "adapters" else 0
+    def trunk(self) -> TrunkShape:
+        """What reward models read, and what of it is each one's own."""
+        return TrunkShape(
+            base=self.base,
+            adapter_size=self.adapter_size if self.reward_shares == "adapters" else 0,
+            whole=self.reward_shares == "all",
+            encoder_width=self.encoder_width,
+        )
 
 
 def shared_tensors(method: Method, modules: ModuleShape) -> list[NamedShape]:
@@ -172,8 +177,7 @@ def stage_tensors(stage: Stage, method: Method, modules: ModuleShape) -> list[Na
     """
     if stage != "reward":
         return shared_tensors(method, modules)
-    trunk = modules.base, modules.trunk_adapter_size, modules.encoder_width
-    return [t for name in method.objectives for t in reward_tensors(name, *trunk)]
+    return [t for name in method.objectives for t in reward_tensors(name, modules.trunk)]
 
 
 def held_tensors(names: Sequence[str], lora_count: int) -> int:

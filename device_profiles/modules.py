@@ -7,7 +7,7 @@ Adapter names and shapes are what travels; LoRA names and shapes are what must n
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ __all__ = [
     "adapter_name",
     "adapter_sites",
     "adapter_tensors",
+    "base_tensors",
     "first_lora_sites",
     "initial_adapters",
     "initial_lora",
@@ -47,6 +48,8 @@ class BaseShape:
     Attributes:
         family: Row of ``device_profiles.families.FAMILIES``.
         keys: Width of the keys and of the values, where heads share them; none for the width.
+        vocabulary: Rows of the embedding; no module depends on it, nor on
+        positions: the longest sequence, tokens. Both are of use where all weights are looked at.
     """
 
     layers: int
@@ -54,6 +57,8 @@ class BaseShape:
     inner: int
     family: str = GPT2
     keys: int | None = None
+    vocabulary: int = field(default=0, compare=False)
+    positions: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +155,39 @@ class NamedShape:
     def size(self) -> int:
         """Number of parameters."""
         return math.prod(self.shape)
+
+
+def base_tensors(base: BaseShape) -> list[NamedShape]:
+    """Return all weights of a GPT-2, whose head is the embedding; projections as (inputs, outputs).
+
+    Raises:
+        InputError: If the base is of another family, or of no known vocabulary and positions.
+    """
+    if base.family != GPT2 or not base.vocabulary or not base.positions:
+        raise InputError(
+            f"the weights of a {base.family} with {base.vocabulary} words and {base.positions} "
+            "positions are not known one by one; give a GPT-2"
+        )
+    width, inner = base.width, base.inner
+    projections = {
+        "attn.c_attn": (width, 3 * width),
+        "attn.c_proj": (width, width),
+        "mlp.c_fc": (width, inner),
+        "mlp.c_proj": (inner, width),
+    }
+    block: dict[str, tuple[int, ...]] = {
+        **{f"{norm}.{part}": (width,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")},
+        **{f"{name}.weight": shape for name, shape in projections.items()},
+        **{f"{name}.bias": (shape[1],) for name, shape in projections.items()},
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (base.vocabulary, width),
+        "wpe.weight": (base.positions, width),
+        **{f"h.{i}.{k}": v for i in range(base.layers) for k, v in block.items()},
+        "ln_f.weight": (width,),
+        "ln_f.bias": (width,),
+    }
+    return [NamedShape(name=n, shape=s, bottleneck_axis=None) for n, s in shapes.items()]
 
 
 def adapter_name(block: int, site: str) -> str:

@@ -24,7 +24,10 @@ class CostBasis:
 
 #: (shape, weights with the tied head counted once), by name.
 PRICED_SHAPES: dict[str, tuple[BaseShape, int]] = {
-    "gpt2-small": (BaseShape(layers=12, width=768, inner=3072), 124_439_808),
+    "gpt2-small": (
+        BaseShape(layers=12, width=768, inner=3072, vocabulary=50_257, positions=1024),
+        124_439_808,
+    ),
 }
 
 

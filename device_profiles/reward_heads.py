@@ -2,20 +2,27 @@
 
 A head is a network with one hidden layer on the features of a trunk: of a state, the trunk's hidden
 state, the mean of the response's states so far, and the logarithm of how many these are. The trunk
-is the bare base, or has adapters of the reward model's own at the sites of the run's adapters.
+is the bare base, or has adapters of the reward model's own at the sites of the run's adapters, or
+changes of the reward model's own in every weight; or it is an encoder.
 Shape letters: D width of the trunk, F features, H hidden units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from device_profiles.errors import InputError
-from device_profiles.modules import BaseShape, NamedShape, adapter_tensors, initial_adapters
+from device_profiles.modules import (
+    BaseShape,
+    NamedShape,
+    adapter_tensors,
+    base_tensors,
+    initial_adapters,
+)
 from device_profiles.seeds import stream
 
 HIDDEN = 64
@@ -23,6 +30,8 @@ HIDDEN = 64
 #: more: as many as a usual step of instruction tuning has, so about its memory.
 PASS_TOKENS = 1024
 TRUNK = "trunk"
+#: What stands for the base itself as what reward models read.
+BASE_TRUNK = "base"
 
 
 def feature_count(width: int) -> int:
@@ -87,43 +96,94 @@ def initial_heads(
     return tensors
 
 
-def reward_tensors(
-    objective: str, base: BaseShape, adapter_size: int = 0, encoder_width: int | None = None
-) -> list[NamedShape]:
-    """Return the tensors of one reward model: its head's, then those of its trunk's adapters.
+@dataclass(frozen=True, kw_only=True)
+class TrunkShape:
+    """What a reward model's head reads, and what of it is the reward model's own.
+
+    Attributes:
+        base: The trunk, but for an encoder.
+        adapter_size: Bottleneck size of the adapters that each reward model has on it; 0 for none.
+        whole: Whether each reward model has a trunk of its own: the base and a change of each of
+            its weights.
+        encoder_width: Width of the encoder that is the trunk instead; none for the base.
+    """
+
+    base: BaseShape
+    adapter_size: int = 0
+    whole: bool = False
+    encoder_width: int | None = None
+
+    @property
+    def width(self) -> int:
+        """D of what the heads read."""
+        return self.encoder_width or self.base.width
+
+    @property
+    def own(self) -> bool:
+        """Whether a trunk is read for one reward model alone."""
+        return self.whole or self.adapter_size > 0
+
+
+def reward_tensors(objective: str, trunk: TrunkShape) -> list[NamedShape]:
+    """Return the tensors of one reward model: its head's, then those of its trunk that are its own.
 
     Args:
         objective: ``helpfulness`` or ``harmlessness``.
-        base: The trunk, as a rule.
-        adapter_size: Bottleneck size of the adapters on it; 0 for a bare trunk.
-        encoder_width: Width of the encoder that is the trunk instead; none for the base.
+        trunk: What it reads.
 
     Raises:
-        InputError: If the adapters do not fit the trunk.
+        InputError: If the adapters do not fit the trunk, or its weights are not known.
     """
-    adapters = adapter_tensors(base, adapter_size) if adapter_size else []
-    own = [replace(t, name=trunk_prefix(objective) + t.name) for t in adapters]
-    return [*head_tensors(objective, encoder_width or base.width), *own]
+    mine = adapter_tensors(trunk.base, trunk.adapter_size) if trunk.adapter_size else []
+    mine += base_tensors(trunk.base) if trunk.whole else []
+    own = [replace(t, name=trunk_prefix(objective) + t.name) for t in mine]
+    return [*head_tensors(objective, trunk.width), *own]
 
 
 def initial_rewards(
-    objectives: Iterable[str],
-    base: BaseShape,
-    adapter_size: int,
-    seed: int,
-    encoder_width: int | None = None,
+    objectives: Iterable[str], trunk: TrunkShape, seed: int
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Return the reward models that every device of a run starts from.
 
-    Their adapters are those that the run's own start as: they change nothing yet, so that a reward
-    model starts by reading the bare trunk.
+    Their adapters are those that the run's own start as, and the changes of whole trunks are zero:
+    they change nothing yet, so that a reward model starts by reading the bare trunk.
 
     Raises:
-        InputError: If the adapters do not fit the trunk.
+        InputError: If the adapters do not fit the trunk, or its weights are not known.
     """
-    adapters = initial_adapters(base, adapter_size, seed) if adapter_size else {}
+    own: dict[str, npt.NDArray[np.float32]] = {}
+    if trunk.adapter_size:
+        own = initial_adapters(trunk.base, trunk.adapter_size, seed)
+    if trunk.whole:
+        own = {t.name: np.zeros(t.shape, np.float32) for t in base_tensors(trunk.base)}
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     for objective in objectives:
-        tensors |= initial_heads([objective], encoder_width or base.width, HIDDEN, seed)
-        tensors |= {trunk_prefix(objective) + n: t.copy() for n, t in adapters.items()}
+        tensors |= initial_heads([objective], trunk.width, HIDDEN, seed)
+        tensors |= {trunk_prefix(objective) + n: t.copy() for n, t in own.items()}
     return tensors
+
+
+def check_trunk(
+    reward_trunk: str, reward_shares: str, trunk_precision: str | None = None, where: str = ""
+) -> None:
+    """Refuse what of a trunk cannot be a reward model's own.
+
+    Args:
+        reward_trunk: ``base``, or what names an encoder.
+        reward_shares: What of a reward model is learned and travels.
+        trunk_precision: Of the base; none where whoever asks does not hold it.
+        where: It is asked for; begins the sentence.
+
+    Raises:
+        InputError: If an encoder is to change, or weights that are not held in fp32.
+    """
+    if reward_trunk != BASE_TRUNK and reward_shares != "head":
+        raise InputError(
+            f"{where}reward_shares = '{reward_shares}' with reward_trunk = '{reward_trunk}': only "
+            f"the base changes; give reward_trunk = '{BASE_TRUNK}', or reward_shares = 'head'"
+        )
+    if reward_shares == "all" and trunk_precision not in {None, "fp32"}:
+        raise InputError(
+            f"{where}trunk_precision = '{trunk_precision}' with reward_shares = 'all': weights "
+            "that learn are held in fp32; give trunk_precision = 'fp32'"
+        )

@@ -102,11 +102,7 @@ class CostModel:
         self._trainable = trained_parameters(method, modules, lora_count)
         # its head counts for every token, though only a response goes through it
         self._of_a_reward = sum(
-            t.size
-            for name in method.objectives[:1]
-            for t in reward_tensors(
-                name, modules.base, modules.trunk_adapter_size, modules.encoder_width
-            )
+            t.size for name in method.objectives[:1] for t in reward_tensors(name, modules.trunk)
         )
         self._lora_count = lora_count
         self._profile = profile
@@ -135,9 +131,9 @@ class CostModel:
         flops += 2.0 * self._encoder_parameters * encoder_tokens
         if tokens:
             trained = self._of_a_reward if stage == "reward" else self._trainable
-            flops += tokens * training_flops_per_token(
-                self._parameters, trained, self._base, tokens // rows
-            )
+            whole = stage == "reward" and self._priced.trunk.whole
+            frozen = 0 if whole else self._parameters
+            flops += tokens * training_flops_per_token(frozen, trained, self._base, tokens // rows)
         return compute_cost(flops, self._profile.compute)
 
     def measured(self, seconds: float) -> TimeAndEnergy:

@@ -245,7 +245,7 @@ class LocalClient:
                 done,
                 task,
                 rewards=len(find_method(self.setup.method).objectives),
-                adapted=self.setup.reward_shares == "adapters",
+                adapted=self.setup.reward_shares != "head",
                 encoded=self.setup.encoder is not None,
             )
         state, blob = replace(done.state, round=task.round), None

@@ -59,7 +59,7 @@ def withheld_training(
         done: What it gave.
         task: That asked for it.
         rewards: Reward models of the method.
-        adapted: Whether the trunk of each has adapters, which train with its head.
+        adapted: Whether something of each one's trunk is its own and trains with its head.
         encoded: Whether an encoder is their trunk.
     """
     rows, read = task.local_steps * task.batch_size, 0

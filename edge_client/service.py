@@ -18,6 +18,7 @@ from device_profiles.families import GPT2
 from device_profiles.fleet import check_lora_count, lora_count_of
 from device_profiles.methods import Objective, RewardShares, find_method
 from device_profiles.profile import find_profile
+from device_profiles.reward_heads import BASE_TRUNK, check_trunk
 from device_profiles.stages import parse_stages
 from edge_client.data.instructions import load_instructions
 from edge_client.data.own_data import Preferences, load_sources
@@ -35,6 +36,7 @@ from edge_client.preflight import (
     free_memory,
     reward_memory,
     step_shape,
+    whole_memory,
 )
 from edge_client.progress import Interruption, Progress
 from edge_client.reward.reference import scoring
@@ -49,9 +51,7 @@ from messaging.security import DeviceSeal
 from quantization.base_model import set_threads
 from quantization.checkpoint import look_through
 from quantization.encoder_identity import (
-    BASE_TRUNK,
     EncoderIdentity,
-    check_reward_trunk,
     identify_encoder,
 )
 from quantization.identity import BaseIdentity, binding, identify, require_gpt2
@@ -158,7 +158,7 @@ def load_client(path: Path) -> Client:
     parse_stages(client.stages, find_method(client.method))
     if client.lora_count is not None:
         check_lora_count(client.lora_count, f"{path}: lora_count")
-    check_reward_trunk(client.reward_trunk, client.reward_shares, f"{path}: ")
+    check_trunk(client.reward_trunk, client.reward_shares, client.trunk_precision, f"{path}: ")
     if client.private and client.others_data is not None:
         raise InputError(
             f"{path}: others_data = '{client.others_data}' with private = true: what is measured "
@@ -317,7 +317,7 @@ def _local_client(
             identity,
             client.trunk_precision,
             *there,
-            adapter_size=modules.shape().trunk_adapter_size,
+            shape=modules.shape().trunk,
             kept=folder / "features",
             encoder=encoder,
         )
@@ -371,6 +371,11 @@ def _check_memory(
         )
         policy = usual.state + usual.before + (usual.base if other else 0)
         needed = max(needed, learning.total + policy)
+    if device.scoring and client.reward_shares == "all":
+        rewards = len(find_method(client.method).objectives)
+        bare = replace(shape, adapter_size=0)
+        learning_all = whole_memory(bare, identity.parameters, rewards, max_length=_USUAL_LENGTH)
+        needed = max(needed, learning_all + usual.state + usual.before + usual.base)
     needed += 0 if encoder is None else encoder.bytes
     check_memory(
         needed,

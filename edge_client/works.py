@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from device_profiles.methods import find_method
+from device_profiles.reward_heads import TrunkShape
 from edge_client.alignment.work import AlignmentData, AlignmentWork
 from edge_client.data.own_data import OwnData
 from edge_client.instruction_work import InstructionWork
@@ -27,7 +28,7 @@ def load_judging(
     identity: BaseIdentity,
     precision: str,
     *bases: FrozenBase,
-    adapter_size: int = 0,
+    shape: TrunkShape | None = None,
     kept: Path | None = None,
     encoder: EncoderIdentity | None = None,
 ) -> Judging:
@@ -37,7 +38,7 @@ def load_judging(
         identity: Of the base.
         precision: Of the trunk.
         bases: Those in memory already: of the same precision, no second one is loaded.
-        adapter_size: Of the adapters that each reward model has on the trunk; 0 for none.
+        shape: What of the trunk is each reward model's own; by default nothing.
         kept: Folder of features that a process after this one need not read again.
         encoder: That is the trunk instead; what is no response is read by the base then.
 
@@ -47,7 +48,8 @@ def load_judging(
     there = (base for base in bases if base.precision == precision)
     base = next(there, None) or load_frozen(identity, precision)
     read = None if encoder is None else Encoder(str(encoder.folder), encoder.sha256)
-    return Judging(base, adapter_size=adapter_size, kept=kept, encoder=read)
+    size, whole = (0, False) if shape is None else (shape.adapter_size, shape.whole)
+    return Judging(base, adapter_size=size, whole=whole, kept=kept, encoder=read)
 
 
 def build_works(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from device_profiles.modules import base_tensors
 from quantization.errors import BaseModelError
 from quantization.identity import BaseIdentity, require_gpt2
 
@@ -121,31 +122,8 @@ def _read_config(
     return heads, float(epsilon), GELU[activation]
 
 
-def tensor_shapes(identity: BaseIdentity) -> dict[str, list[int]]:
-    """Return the shape of every tensor of a GPT-2; projections as (inputs, outputs)."""
-    width, inner = identity.shape.width, identity.shape.inner
-    projections = {
-        "attn.c_attn": (width, 3 * width),
-        "attn.c_proj": (width, width),
-        "mlp.c_fc": (width, inner),
-        "mlp.c_proj": (inner, width),
-    }
-    block = {
-        **{f"{norm}.{part}": [width] for norm in ("ln_1", "ln_2") for part in ("weight", "bias")},
-        **{f"{name}.weight": list(shape) for name, shape in projections.items()},
-        **{f"{name}.bias": [shape[1]] for name, shape in projections.items()},
-    }
-    return {
-        _EMBEDDING: [identity.vocabulary, width],
-        "wpe.weight": [identity.positions, width],
-        **{f"h.{i}.{k}": v for i in range(identity.shape.layers) for k, v in block.items()},
-        "ln_f.weight": [width],
-        "ln_f.bias": [width],
-    }
-
-
 def _check_tensors(identity: BaseIdentity, file: Any, names: set[str], prefix: str) -> None:
-    shapes = tensor_shapes(identity)
+    shapes = {t.name: list(t.shape) for t in base_tensors(identity.shape)}
     missing = [prefix + name for name in shapes if prefix + name not in names]
     if missing:
         raise BaseModelError(

@@ -7,12 +7,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from device_profiles.errors import InputError
+from device_profiles.reward_heads import BASE_TRUNK
 from quantization.errors import BaseModelError
 from quantization.identity import count_parameters, file_sha256, locate
-
-#: What stands for the base itself as the trunk of reward models.
-BASE_TRUNK = "base"
 
 _WEIGHTS, _TOKENIZER = "model.safetensors", "tokenizer.json"
 _WIDTHS = ("hidden_size", "dim")  # of BERT and its like, and of DistilBERT
@@ -40,20 +37,6 @@ class EncoderIdentity:
     def bytes(self) -> int:
         """Size in fp32."""
         return 4 * self.parameters
-
-
-def check_reward_trunk(reward_trunk: str, reward_shares: str, where: str = "") -> None:
-    """Refuse adapters on a trunk that is no GPT-2; ``where`` it is asked for begins the sentence.
-
-    Raises:
-        InputError: If an encoder is to have them.
-    """
-    if reward_trunk != BASE_TRUNK and reward_shares != "head":
-        raise InputError(
-            f"{where}reward_shares = '{reward_shares}' with reward_trunk = '{reward_trunk}': "
-            f"adapters go on the base alone; give reward_trunk = '{BASE_TRUNK}', or "
-            "reward_shares = 'head'"
-        )
 
 
 def identify_encoder(name: str) -> EncoderIdentity | None:

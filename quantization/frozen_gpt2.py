@@ -6,13 +6,16 @@ Shape letters: N tokens, T positions, D model width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from quantization.backends.dense import hold_fp32
 from quantization.backends.stored import pieces
 from quantization.checkpoint import Checkpoint, look_through
 from quantization.errors import BaseModelError
@@ -168,6 +171,28 @@ def load_frozen(
         precision=precision,
         backend=chosen.name,
     )
+
+
+def changed(base: FrozenBase, changes: Mapping[str, npt.NDArray[np.float32]]) -> FrozenBase:
+    """Return a base whose every weight is the checkpoint's plus a change, in fp32 on the CPU.
+
+    Args:
+        base: At any precision; it stays as it is.
+        changes: Of all weights, by the checkpoint's names without its prefix, in their shapes.
+
+    Raises:
+        KeyError: If a weight has none.
+        BaseModelError: If the checkpoint cannot be read any more.
+    """
+    checkpoint = look_through(base.identity)
+    with checkpoint.opened() as read:
+        weights = _read_weights(
+            checkpoint,
+            lambda name: read(name).to(torch.float32) + torch.from_numpy(changes[name]),
+            lambda _name, weight: hold_fp32(weight, "cpu"),
+            "cpu",
+        )
+    return replace(base, weights=weights, precision="fp32", backend="torch")
 
 
 def _read_weights(

@@ -202,6 +202,8 @@ def _shape(config: dict[str, Any], folder: Path) -> BaseShape:
         inner=int(config.get(family.inner) or 4 * width),
         family=kind,
         keys=keys,
+        vocabulary=int(config["vocab_size"]),
+        positions=int(config[family.positions]),
     )
 
 

@@ -2,9 +2,9 @@
 
 Priced by the same channel model as the run, over its devices' own links and at its priced shape; a
 mean of seeded draws, so the run's own draws differ. Bytes are those of the codes, without headers.
-Of a reward model its head travels, or the adapters on its trunk as well (``reward_shares``). What
-the other choice would take is said beside it, and what a whole trunk would, so that the choice is
-seen before it is paid for.
+Of a reward model its head travels, or the adapters on its trunk as well, or all of its trunk
+(``reward_shares``). What the other choices would take is said beside it, so that the choice is seen
+before it is paid for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from cloud_aggregator.experiment import Experiment
 from cloud_aggregator.progress import human_bytes
 from device_profiles.channel import upload_seconds
 from device_profiles.methods import Kind, Method, ModuleShape, RewardShares, find_method
-from device_profiles.modules import NamedShape
 from device_profiles.seeds import stream
 from edge_client.costs import own_layout, stage_layout
 from edge_client.device_record import link_of
@@ -29,7 +28,6 @@ from messaging.chunks import wire_bytes
 from messaging.codecs import CODECS
 from messaging.layout import Layout
 from messaging.protocol import DeviceRecord, Stage
-from quantization.identity import BaseIdentity
 
 _MOST_LINKS = 16  # devices whose links are drawn from; more change a mean by little
 _TITLES: dict[Stage, str] = {
@@ -45,6 +43,7 @@ _KINDS: dict[tuple[Kind, ...], str] = {
 _REWARDS: dict[RewardShares, str] = {
     "head": "the heads alone",
     "adapters": "the heads and the adapters on each trunk",
+    "all": "the heads and all weights of each trunk",
 }
 
 
@@ -61,7 +60,7 @@ class Upload:
         return f"{human_bytes(self.bytes)}, about {_duration(self.seconds)} on the air"
 
 
-def airtime_lines(experiment: Experiment, identity: BaseIdentity, fleet: FleetPlan) -> list[str]:
+def airtime_lines(experiment: Experiment, fleet: FleetPlan) -> list[str]:
     """Return one sentence a stage; nothing of a stage in which nothing travels."""
     method, modules = find_method(experiment.method), _priced_modules(fleet)
     devices = [client.device for client in fleet.clients]
@@ -78,49 +77,33 @@ def airtime_lines(experiment: Experiment, identity: BaseIdentity, fleet: FleetPl
             f"(modelled, {experiment.codec})"
         )
         if stage == "reward":
-            line += _beyond(experiment, devices, method, modules, _parameters(identity, fleet))
+            line += _beyond(experiment, devices, method, modules)
         lines.append(f"{line}.")
     return lines
 
 
 def _beyond(
-    experiment: Experiment,
-    devices: Sequence[DeviceRecord],
-    method: Method,
-    modules: ModuleShape,
-    parameters: int,
+    experiment: Experiment, devices: Sequence[DeviceRecord], method: Method, modules: ModuleShape
 ) -> str:
-    """Return what the other choice would take, and what whole trunks would; none of an encoder."""
+    """Return what the other choices would take; an encoder leaves none."""
     if modules.encoder_width is not None:
         return "; the encoder that they read does not travel"
-    other: RewardShares = "head" if modules.reward_shares == "adapters" else "adapters"
-    heads, others = (
-        stage_layout("reward", method, replace(modules, reward_shares=shares))
-        for shares in ("head", other)
-    )
-    # the weights of a trunk for each objective, as so many entries of one tensor
-    size = len(method.objectives) * parameters
-    trunks = Layout.of([NamedShape(name="trunks", shape=(size,), bottleneck_axis=None)])
-    instead = _mean(experiment, devices, others, "reward")
-    more = _mean(experiment, devices, heads, "reward", beside=trunks)
-    return (
-        f"; {_REWARDS[other]} (reward_shares = '{other}') would be {instead.words}, and the heads "
-        f"with whole trunks {more.words}, which are not sent"
-    )
+    others = []
+    for shares, words in _REWARDS.items():
+        if shares != modules.reward_shares:
+            layout = stage_layout("reward", method, replace(modules, reward_shares=shares))
+            instead = _mean(experiment, devices, layout, "reward").words
+            others.append(f"{words} (reward_shares = '{shares}') would be {instead}")
+    return f"; {', and '.join(others)}"
 
 
 def _mean(
-    experiment: Experiment,
-    devices: Sequence[DeviceRecord],
-    layout: Layout,
-    stage: Stage,
-    beside: Layout | None = None,
+    experiment: Experiment, devices: Sequence[DeviceRecord], layout: Layout, stage: Stage
 ) -> Upload:
     """Return a mean upload over the first devices; each sends what of the layout it holds."""
     sizes, seconds = [], []
     for device in devices[:_MOST_LINKS]:
         size = _code_bytes(own_layout(layout, device.lora_count), experiment.codec)
-        size += _code_bytes(beside, experiment.codec) if beside is not None else 0
         bits = 8 * wire_bytes(size, experiment.chunk_bytes)
         generator = stream(experiment.seed, "airtime", stage, device.id)
         sizes.append(size)
@@ -143,10 +126,6 @@ def _priced_modules(fleet: FleetPlan) -> ModuleShape:
     if fleet.priced is None:
         return fleet.modules
     return replace(fleet.modules, base=fleet.priced.base, lora_rank=fleet.priced.lora_rank)
-
-
-def _parameters(identity: BaseIdentity, fleet: FleetPlan) -> int:
-    return identity.parameters if fleet.priced is None else fleet.priced.parameters
 
 
 def _duration(seconds: float) -> str:

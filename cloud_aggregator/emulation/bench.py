@@ -143,7 +143,7 @@ class Bench:
                 identity,
                 spec.trunk_precision,
                 *bases.values(),
-                adapter_size=_modules(spec, identity, self.setup.encoder).trunk_adapter_size,
+                shape=_modules(spec, identity, self.setup.encoder).trunk,
                 kept=Path(spec.features),
                 encoder=self.setup.encoder,
             )

@@ -97,7 +97,7 @@ def emulate(
         devices = [client.device for client in planned.fleet.clients]
         for listener in (tracked, notify):
             listener("plan", record=record, clients=devices, broken=planned.dataset.broken)
-        notify("airtime", lines=airtime_lines(experiment, planned.identity, planned.fleet))
+        notify("airtime", lines=airtime_lines(experiment, planned.fleet))
         if experiment.engine == "ray":
             from cloud_aggregator.emulation.ray_fleet import ray_session
 

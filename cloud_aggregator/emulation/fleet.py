@@ -15,6 +15,7 @@ from device_profiles.methods import ModuleShape, Objective, RewardShares, find_m
 from device_profiles.modules import adapter_sites, lora_rank
 from device_profiles.pricing import PRICED_SHAPES, CostBasis, cost_basis
 from device_profiles.profile import Profile
+from device_profiles.reward_heads import BASE_TRUNK
 from device_profiles.seeds import stream
 from edge_client.data.instructions import Dataset
 from edge_client.data.own_data import Places, Preferences
@@ -23,7 +24,7 @@ from edge_client.device_record import Modules, base_precision, describe_device
 from edge_client.reward.reference import scoring
 from messaging.layout import Layout
 from messaging.protocol import DeviceRecord, Stage
-from quantization.encoder_identity import BASE_TRUNK, EncoderIdentity
+from quantization.encoder_identity import EncoderIdentity
 from quantization.identity import BaseIdentity
 
 #: The broker's address reaches a worker through its environment: it may hold a password.

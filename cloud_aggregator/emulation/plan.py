@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from edge_client.preflight import (
     free_memory,
     reward_memory,
     step_shape,
+    whole_memory,
 )
 from messaging.layout import joint_sha256
 from quantization.checkpoint import look_through
@@ -125,6 +126,16 @@ def check_plan_memory(planned: Planned) -> None:
         rest = sum(held_bytes(planned.identity, p) for p in bases - {trunk})
         policies = workers * (one.state + one.before + rest)
         needed = max(needed, fleet_bytes(learning, workers, trunk) + policies)
+    if fleet.clients[0].own.train and experiment.reward_shares == "all":
+        rewards = len(find_method(experiment.method).objectives)
+        learning_all = whole_memory(
+            replace(shape, adapter_size=0),
+            planned.identity.parameters,
+            rewards,
+            max_length=experiment.max_length,
+        )
+        rest = sum(held_bytes(planned.identity, p) for p in bases)
+        needed = max(needed, workers * (learning_all + one.state + one.before + rest))
     if planned.encoder is not None:
         needed += workers * planned.encoder.bytes
     check_memory(

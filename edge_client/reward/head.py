@@ -90,8 +90,11 @@ def of_objective(tensors: Mapping[str, npt.NDArray[np.float32]], objective: str)
     return own
 
 
-def adapters_of(tensors: Mapping[str, npt.NDArray[np.float32]], objective: str) -> Tensors:
-    """Return the adapters on one objective's trunk, by the names that they have on a base."""
+def trunk_tensors_of(tensors: Mapping[str, npt.NDArray[np.float32]], objective: str) -> Tensors:
+    """Return what of one objective's trunk is its own, by the names that it has on a base.
+
+    That is adapters, or changes of the base's own weights.
+    """
     prefix = trunk_prefix(objective)
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 

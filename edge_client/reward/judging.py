@@ -3,8 +3,8 @@
 The trunk is the frozen base at one precision for the whole run, so that a reward model that was
 averaged over devices reads the same features on each of them; scores are put on one scale by the
 reference set. It is bare, and then one pass serves all reward models; or every reward model has
-adapters on it, and reads for itself. Or the trunk is an encoder: it reads whole responses, and the
-critics, which want features of a state, read the bare base.
+adapters on it or weights of its own, and reads for itself. Or the trunk is an encoder: it reads
+whole responses, and the critics, which want features of a state, read the bare base.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import torch
 from torch import Tensor
 
 from device_profiles.methods import Objective
-from device_profiles.modules import BaseShape
-from device_profiles.reward_heads import HIDDEN, initial_heads, reward_tensors
+from device_profiles.reward_heads import HIDDEN, TrunkShape, initial_heads, reward_tensors
 from edge_client.data.prompts import Encoded, encode_example
 from edge_client.peft.packed_model import PackedModel
+from edge_client.reward.adapted import AdaptedTrunk, LearningTrunk
 from edge_client.reward.encoder import Encoder
 from edge_client.reward.features import Trunk
-from edge_client.reward.head import Head, adapters_of, of_objective
+from edge_client.reward.head import Head, of_objective, trunk_tensors_of
 from edge_client.reward.kept_features import KeptFeatures
 from edge_client.reward.reference import load_reference
 from edge_client.reward.scale import Scale
+from edge_client.reward.whole import WholeTrunk
 from messaging.layout import Layout, Tensors, Vector
-from quantization.frozen_gpt2 import FrozenBase
+from quantization.frozen_gpt2 import FrozenBase, changed
 
 _MOST_TOKENS = 256  # of a response of the reference set
 
@@ -101,7 +102,7 @@ class Heads:
         found: dict[str, Tensor] = {}
         lengths: list[int] = []
         for name in self._heads:
-            if found and not self._judging.adapter_size:
+            if found and not self._judging.shape.own:
                 found[name] = next(iter(found.values()))
                 continue
             trunk = self._judging.trunk_of(self._all, name)
@@ -115,12 +116,14 @@ class Judging:
     Args:
         base: At the run's trunk precision; it is read, not changed.
         adapter_size: Bottleneck size of the adapters that each reward model has on it; 0 for none.
+        whole: Whether each reward model changes all of its weights; the base is in fp32 then.
         kept: Folder in which the features of a bare trunk are kept for the next process; None for
             no next one.
         encoder: Trunk instead of the base, which has no adapters then; its texts are of the base's
             tokens.
 
     Attributes:
+        shape: What reward models read, and what of it is each one's own.
         model: The base with room for the adapters of one reward model at a time.
         trunk: Reads features with whatever is on ``model``.
     """
@@ -130,17 +133,24 @@ class Judging:
         base: FrozenBase,
         *,
         adapter_size: int = 0,
+        whole: bool = False,
         kept: Path | None = None,
         encoder: Encoder | None = None,
     ) -> None:
-        self.base, self.adapter_size, self.encoder = base, adapter_size, encoder
+        self.base, self.encoder = base, encoder
+        self.shape = TrunkShape(
+            base=base.identity.shape,
+            adapter_size=adapter_size,
+            whole=whole,
+            encoder_width=None if encoder is None else encoder.width,
+        )
         self.model = PackedModel(
             base, adapter_size=adapter_size, placement="qkv", lora_count=0, lora_rank=1
         )
         self.trunk = Trunk(self.model)
         self.device = self.model.device
         self._known: tuple[bytes, Heads] | None = None
-        self._kept = None if adapter_size or kept is None else KeptFeatures(kept)
+        self._kept = None if self.shape.own or kept is None else KeptFeatures(kept)
 
     @property
     def scores_on(self) -> torch.device:
@@ -168,11 +178,27 @@ class Judging:
 
         Args:
             tensors: Of reward models, by name.
-            objective: Whose adapters go on it, if this run's trunk has any.
+            objective: Whose adapters go on it, or whose changes into it, if it has any.
         """
-        if self.adapter_size:
-            self.model.put(adapters_of(tensors, objective))
+        if self.shape.whole:
+            own = changed(self.base, trunk_tensors_of(tensors, objective))
+            return Trunk(_bare(own))
+        if self.shape.adapter_size:
+            self.model.put(trunk_tensors_of(tensors, objective))
         return self.trunk
+
+    @cached_property
+    def learning(self) -> LearningTrunk:
+        """What of a trunk learns with a head.
+
+        Raises:
+            ValueError: If nothing of it does.
+        """
+        if self.shape.whole:
+            return WholeTrunk(self.base)
+        if self.shape.adapter_size:
+            return AdaptedTrunk(self.model)
+        raise ValueError("nothing of a bare trunk learns")
 
     def response_features(
         self, tensors: Tensors, objective: str, examples: Sequence[Encoded]
@@ -197,13 +223,13 @@ class Judging:
 
     def reads(self, objectives: Sequence[Objective]) -> int:
         """Return how often a response goes through the trunk until all have scored it."""
-        return len(objectives) if self.adapter_size else 1
+        return len(objectives) if self.shape.own else 1
 
     def reference_features(self, tensors: Tensors, objective: str) -> Tensor:
         """Return the public reference set as a reward model reads it. Shape (N, F)."""
         if self.encoder is not None:
             return self._encoded_reference
-        if not self.adapter_size:
+        if not self.shape.own:
             return self._bare_reference
         return self.trunk_of(tensors, objective).response_features(self._reference)
 
@@ -225,9 +251,7 @@ class Judging:
         """Return the reward models that a packed vector holds, by tensor name; none for none."""
         if vector is None:
             return None
-        width = None if self.encoder is None else self.encoder.width
-        layout = reward_layout(objectives, self.base.identity.shape, self.adapter_size, width)
-        return layout.unpack(vector)
+        return reward_layout(objectives, self.shape).unpack(vector)
 
     def heads(self, tensors: Tensors, objectives: Sequence[Objective]) -> Heads:
         """Return the reward models of these tensors; those that were asked for last are kept."""
@@ -237,12 +261,10 @@ class Judging:
         return self._known[1]
 
 
-def reward_layout(
-    objectives: Sequence[Objective],
-    base: BaseShape,
-    adapter_size: int = 0,
-    encoder_width: int | None = None,
-) -> Layout:
+def reward_layout(objectives: Sequence[Objective], trunk: TrunkShape) -> Layout:
     """Return the order of the reward models' tensors in a packed vector."""
-    trunk = base, adapter_size, encoder_width
-    return Layout.of(t for name in objectives for t in reward_tensors(name, *trunk))
+    return Layout.of(t for name in objectives for t in reward_tensors(name, trunk))
+
+
+def _bare(base: FrozenBase) -> PackedModel:
+    return PackedModel(base, adapter_size=0, placement="qkv", lora_count=0, lora_rank=1)

@@ -1,7 +1,7 @@
 """Reward learning on one client: the reward models of its objectives, on its own preference pairs.
 
 What a bare trunk says of a pair is computed once and kept for all rounds. Where the reward models
-have adapters on it, every step goes through it and back.
+have adapters on it, or weights of their own, every step goes through it and back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edge_client.data.preferences import Pair
 from edge_client.data.prompts import Encoded, encode_example
 from edge_client.descent import Moments
 from edge_client.progress import Interruption
-from edge_client.reward.adapted import train_adapted
+from edge_client.reward.adapted import train_with_trunk
 from edge_client.reward.evaluation import evaluate_pairs
 from edge_client.reward.head import Head, of_objective, scores
 from edge_client.reward.judging import Judging
@@ -96,7 +96,7 @@ class RewardWork:
             trained |= result.tensors
         pairs = sum(result.pairs for result in done.values())
         # a bare trunk reads a pair once a run; a process that begins again does what is not counted
-        reads = not self._judging.adapter_size and not state.numbers
+        reads = not self._judging.shape.own and not state.numbers
         read = self._tokens(task) if reads else 0
         encodes = self._judging.encoder is not None
         return Trained(
@@ -105,7 +105,7 @@ class RewardWork:
             loss=sum(result.loss * result.pairs for result in done.values()) / pairs,
             weight=self._device.preference_pairs,
             tokens=sum(result.tokens for result in done.values()),
-            rows=2 * pairs if self._judging.adapter_size else 0,
+            rows=2 * pairs if self._judging.shape.own else 0,
             read_tokens=0 if encodes else read,
             encoder_tokens=read if encodes else 0,
         )
@@ -160,12 +160,12 @@ class RewardWork:
             "words": (self._device.id, name, task.round),
             "moments": _moments(state, name),
         }
-        if not self._judging.adapter_size:
+        if not self._judging.shape.own:
             features = self._features("train", name, task, tensors)
             return train_head(of_objective(tensors, name), *features, **how)
         sides = self._encoded("train", name, task)
-        return train_adapted(
-            self._judging.model,
+        return train_with_trunk(
+            self._judging.learning,
             tensors,
             list(zip(sides.chosen, sides.rejected, strict=True)),
             objective=name,
@@ -182,7 +182,7 @@ class RewardWork:
         both = [*sides.chosen, *sides.rejected]
         found = self._judging.response_features(tensors, name, both)
         features = found[: len(sides.chosen)], found[len(sides.chosen) :]
-        if not self._judging.adapter_size:
+        if not self._judging.shape.own:
             self._bare[key] = features
         return features
 

@@ -109,7 +109,7 @@ def test_a_store_of_no_known_kind_ends_the_service_before_it_begins(tmp_path: Pa
         (
             "3600",
             '3600\nreward_trunk = "bert"\nreward_shares = "adapters"',
-            "adapters go on the base alone",
+            "only the base changes",
         ),
         ("3600", "3600\ngrants = 64", "grants = 64 uploads of window = 16"),
         ("3600", "3600\nbroker_queue = 100", "the broker queues 100 messages"),

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from device_profiles.errors import InputError
 from device_profiles.methods import OBJECTIVES
-from device_profiles.reward_heads import feature_count, head_tensors, initial_heads
+from device_profiles.modules import BaseShape, base_tensors
+from device_profiles.pricing import PRICED_SHAPES
+from device_profiles.reward_heads import (
+    TrunkShape,
+    check_trunk,
+    feature_count,
+    head_tensors,
+    initial_heads,
+    initial_rewards,
+    reward_tensors,
+)
 from messaging.layout import Layout
 
 
@@ -63,3 +75,45 @@ def test_first_weights_stay_within_one_over_the_root_of_their_inputs() -> None:
 def test_a_head_of_nothing_is_refused(width: int, hidden: int, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         head_tensors("helpfulness", width, hidden)
+
+
+SMALL = BaseShape(layers=2, width=16, inner=64, vocabulary=100, positions=32)
+
+
+def test_a_whole_trunk_is_the_head_and_every_weight_of_the_base() -> None:
+    trunk = TrunkShape(base=SMALL, whole=True)
+    tensors = reward_tensors("helpfulness", trunk)
+    head = head_tensors("helpfulness", 16)
+    assert tensors[: len(head)] == head
+    # embeddings; a block: two norms, four projections with their biases; the last norm
+    block = 4 * 16 + (16 * 48 + 48) + (16 * 16 + 16) + (16 * 64 + 64) + (64 * 16 + 16)
+    assert sum(t.size for t in tensors[len(head) :]) == 132 * 16 + 2 * block + 32
+    assert all(t.name.startswith("reward.helpfulness.trunk.") for t in tensors[len(head) :])
+    first = initial_rewards(["helpfulness"], trunk, seed=3)
+    assert [(n, t.shape) for n, t in first.items()] == [(t.name, t.shape) for t in tensors]
+    assert not any(t.any() for n, t in first.items() if ".trunk." in n)
+
+
+def test_the_weights_of_gpt2_small_are_all_counted() -> None:
+    base, parameters = PRICED_SHAPES["gpt2-small"]
+    assert sum(t.size for t in base_tensors(base)) == parameters
+
+
+@pytest.mark.parametrize(
+    "base", [replace(SMALL, vocabulary=0), replace(SMALL, positions=0), replace(SMALL, family="x")]
+)
+def test_weights_that_are_not_known_are_no_trunk(base: BaseShape) -> None:
+    with pytest.raises(InputError, match="give a GPT-2"):
+        reward_tensors("helpfulness", TrunkShape(base=base, whole=True))
+
+
+def test_only_a_base_in_fp32_changes() -> None:
+    check_trunk("base", "adapters", "int8")
+    check_trunk("base", "all", "fp32")
+    check_trunk("base", "all")  # of an aggregator, which holds no trunk
+    check_trunk("an/encoder", "head", "int8")
+    for shares in ("adapters", "all"):
+        with pytest.raises(InputError, match="give reward_trunk = 'base', or reward_shares = 'he"):
+            check_trunk("an/encoder", shares, "fp32")
+    with pytest.raises(InputError, match=r"^here: trunk_precision = 'int8'.*'fp32'$"):
+        check_trunk("base", "all", "int8", "here: ")

@@ -278,9 +278,8 @@ class Academy:
 
     def heads(self, *objectives: Objective) -> Vector:
         """Return reward models. Shape (layout size,)."""
-        base, size = self.shape.base, self.judging.adapter_size
-        tensors = initial_rewards(objectives, base, size, seed=5)
-        return reward_layout(objectives, base, size).pack(tensors)
+        tensors = initial_rewards(objectives, self.judging.shape, seed=5)
+        return reward_layout(objectives, self.judging.shape).pack(tensors)
 
 
 @pytest.fixture(scope="session")

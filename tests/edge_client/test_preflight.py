@@ -17,6 +17,7 @@ from edge_client.preflight import (
     fleet_bytes,
     free_memory,
     reward_memory,
+    whole_memory,
 )
 
 GB = 10**9
@@ -167,6 +168,13 @@ def test_learning_through_a_trunk_takes_no_more_than_a_usual_step_of_instruction
     assert reward_memory(SHAPE, max_length=256, precision="int8").base < 0.3 * learning.base
     # one pair of two sides at the least, however long they are
     assert reward_memory(SHAPE, max_length=1024, precision="fp32").kept > learning.kept
+
+
+def test_a_whole_trunk_takes_what_was_measured_at_gpt2_small() -> None:
+    predicted = whole_memory(SHAPE, 124_439_808, 2, max_length=256)
+    assert predicted == pytest.approx(8_643e6, rel=0.05)  # a process of its own, torch 2.13
+    one = whole_memory(SHAPE, 124_439_808, 1, max_length=256)
+    assert predicted - one == 4 * 4 * 124_439_808
 
 
 def test_text_is_never_longer_than_the_base_allows() -> None:

@@ -19,7 +19,7 @@ from device_profiles.fleet import lora_count_of
 from device_profiles.methods import OBJECTIVES
 from device_profiles.modules import initial_adapters
 from device_profiles.profile import find_profile
-from device_profiles.reward_heads import head_tensors
+from device_profiles.reward_heads import TrunkShape, head_tensors
 from edge_client import service
 from edge_client.data.instructions import kit_file
 from edge_client.host import Host
@@ -365,7 +365,9 @@ def test_a_device_whose_reward_models_have_adapters_is_not_in_a_run_whose_have_n
     adapters = adapter_layout(identity)
 
     def of_a_run(adapter_size: int) -> str:
-        rewards = reward_layout(OBJECTIVES, identity.shape, adapter_size)
+        rewards = reward_layout(
+            OBJECTIVES, TrunkShape(base=identity.shape, adapter_size=adapter_size)
+        )
         return joint_sha256([adapters, rewards, adapters])
 
     cloud = Cloud(network)

@@ -19,7 +19,9 @@ from cloud_aggregator.records import RunRecord
 from cloud_aggregator.server import Aggregator
 from device_profiles.config_files import read_toml
 from device_profiles.errors import InputError
+from device_profiles.modules import base_tensors
 from messaging.broker import embedded_kind
+from quantization.identity import identify
 from tests.end_to_end.conftest import comparable, read_run
 from tests.end_to_end.rewards import SMALL, STAGES, write_data
 
@@ -111,3 +113,29 @@ def test_a_run_is_named_by_its_choice_and_not_resumed_with_another(made: Made, a
     assert read_toml(alone / "config.toml")["experiment"]["reward_shares"] == "adapters"
     with pytest.raises(InputError, match="reward_shares = 'head', but the run to resume has 'ad"):
         emulate(other, alone, resume=True)
+
+
+def test_whole_trunks_learn_travel_as_changes_and_score_with_the_same_bits_everywhere(
+    made: Made, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    how = {"reward_shares": "all", "trunk_precision": "fp32"}
+    assert emulate(made(**how), tmp_path / "run").status == "done"
+    run = read_run(tmp_path / "run")
+    weights = sum(t.size for t in base_tensors(identify(str(tiny_checkpoint)).shape))
+    sent = {c["upload_parameters"] for r in run["rounds"][1:3] for c in r["clients"]}
+    assert sent == {2 * (HEAD + weights)}
+    names = load_file(tmp_path / "run" / "global" / "3" / "shared.safetensors")
+    changes = {n: t for n, t in names.items() if ".trunk." in n}
+    assert len(changes) == 2 * len(base_tensors(identify(str(tiny_checkpoint)).shape))
+    assert all(abs(t).max() > 0 for n, t in changes.items())
+    assert all(c["reward_helpfulness"] is not None for c in run["rounds"][-1]["clients"])
+    if embedded_kind() is None:
+        pytest.skip("no MQTT broker is installed")
+    emulate(made(**how, transport="mqtt", workers=2), tmp_path / "again")
+    assert comparable(tmp_path / "again") == comparable(tmp_path / "run")
+
+
+def test_weights_that_learn_are_held_in_fp32(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="give trunk_precision = 'fp32'"):
+        emulate(made(reward_shares="all", trunk_precision="int8"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

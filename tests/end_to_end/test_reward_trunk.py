@@ -121,7 +121,7 @@ def test_a_run_is_named_by_its_trunk(made: Made) -> None:
     ("how", "error", "said"),
     [
         ({"reward_trunk": "./nowhere"}, BaseModelError, "no such folder"),
-        ({"reward_shares": "adapters"}, InputError, "adapters go on the base alone"),
+        ({"reward_shares": "adapters"}, InputError, "only the base changes"),
     ],
 )
 def test_what_cannot_be_the_trunk_is_refused_before_anything_is_written(

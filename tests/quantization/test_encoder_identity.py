@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from device_profiles.errors import InputError
-from quantization.encoder_identity import check_reward_trunk, identify_encoder
+from quantization.encoder_identity import identify_encoder
 from quantization.errors import BaseModelError, HubUnavailableError
 from tests.edge_client.reward.encoders import write_encoder
 
@@ -79,10 +78,3 @@ def test_what_is_no_folder_here_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPa
         identify_encoder("distilbert-base-uncased")
     with pytest.raises(BaseModelError, match=r"encoder '\./nowhere': no such folder"):
         identify_encoder("./nowhere")
-
-
-def test_adapters_go_on_the_base_alone() -> None:
-    check_reward_trunk("base", "adapters")
-    check_reward_trunk("an/encoder", "head")
-    with pytest.raises(InputError, match="give reward_trunk = 'base', or reward_shares = 'head'"):
-        check_reward_trunk("an/encoder", "adapters")

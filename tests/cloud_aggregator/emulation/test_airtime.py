@@ -15,7 +15,7 @@ def said(base: BaseShape | None = None, **settings: object) -> list[str]:
     """Return the sentences of an experiment on a base of GPT-2 small's shape, or another."""
     experiment = Experiment(**{"fading": "none", **settings})  # type: ignore[arg-type]
     chosen = identity(base) if base else identity()
-    return airtime_lines(experiment, chosen, a_plan(experiment, chosen, dataset()))
+    return airtime_lines(experiment, a_plan(experiment, chosen, dataset()))
 
 
 def test_adapters_take_their_bytes_at_the_rate_of_the_link() -> None:
@@ -34,8 +34,8 @@ def test_reward_learning_says_what_every_choice_would_take() -> None:
     assert said(stages="reward") == [
         "Of reward learning, the heads alone travel: an upload is 788.0 kB, about 3.1 s on the air "
         "(modelled, fp32); the heads and the adapters on each trunk (reward_shares = 'adapters') "
-        "would be 5.4 MB, about 21.1 s on the air, and the heads with whole trunks 996.3 MB, about "
-        "65 min on the air, which are not sent."
+        "would be 5.4 MB, about 21.1 s on the air, and the heads and all weights of each trunk "
+        "(reward_shares = 'all') would be 996.3 MB, about 65 min on the air."
     ]
 
 
@@ -43,8 +43,8 @@ def test_with_adapters_on_the_trunks_an_upload_is_all_of_the_layout() -> None:
     assert said(stages="reward", reward_shares="adapters") == [
         "Of reward learning, the heads and the adapters on each trunk travel: an upload is 5.4 MB, "
         "about 21.1 s on the air (modelled, fp32); the heads alone (reward_shares = 'head') would "
-        "be 788.0 kB, about 3.1 s on the air, and the heads with whole trunks 996.3 MB, about 65 "
-        "min on the air, which are not sent."
+        "be 788.0 kB, about 3.1 s on the air, and the heads and all weights of each trunk "
+        "(reward_shares = 'all') would be 996.3 MB, about 65 min on the air."
     ]
 
 

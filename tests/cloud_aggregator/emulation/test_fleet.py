@@ -16,7 +16,7 @@ from edge_client.data.own_data import load_sources
 from edge_client.device_record import link_of
 from quantization.identity import BaseIdentity
 
-SMALL = BaseShape(layers=12, width=768, inner=3072)
+SMALL = BaseShape(layers=12, width=768, inner=3072, vocabulary=50_257, positions=1024)
 
 
 def identity(shape: BaseShape = SMALL) -> BaseIdentity:

@@ -14,6 +14,7 @@ from safetensors.numpy import load
 from device_profiles.errors import InputError
 from device_profiles.methods import OBJECTIVES, Objective
 from device_profiles.modules import BaseShape, first_lora_sites, lora_tensors
+from device_profiles.reward_heads import TrunkShape
 from edge_client.alignment import work as work_module
 from edge_client.alignment.critic import Critic
 from edge_client.data.prompts import Encoded, encode_example, prompt
@@ -39,7 +40,7 @@ from tests.edge_client.conftest import (
 )
 
 DATA = own_data(OBJECTIVES)
-HEADS = reward_layout(OBJECTIVES, BaseShape(layers=12, width=16, inner=64))
+HEADS = reward_layout(OBJECTIVES, TrunkShape(base=BaseShape(layers=12, width=16, inner=64)))
 NEW_TOKENS = 6
 
 

@@ -15,15 +15,15 @@ from torch import Tensor
 from device_profiles.errors import InputError
 from device_profiles.methods import OBJECTIVES
 from device_profiles.modules import adapter_tensors
-from device_profiles.reward_heads import initial_rewards
+from device_profiles.reward_heads import TrunkShape, initial_rewards
 from edge_client.data.instructions import Example
 from edge_client.data.prompts import encode_example
 from edge_client.peft.packed_model import PackedModel
 from edge_client.peft.tuned_model import TunedModel
 from edge_client.progress import Interruption, StoppedError
 from edge_client.reward import adapted
-from edge_client.reward.adapted import Sides, batch_gradient, train_adapted
-from edge_client.reward.head import Head, adapters_of, of_objective, scores
+from edge_client.reward.adapted import AdaptedTrunk, Sides, batch_gradient, train_with_trunk
+from edge_client.reward.head import Head, of_objective, scores, trunk_tensors_of
 from edge_client.reward.judging import Judging, reward_layout
 from edge_client.reward.reference import load_reference
 from edge_client.stage_work import GlobalStates
@@ -65,7 +65,7 @@ def sides(judging: Judging) -> list[Sides]:
 def moved(judging: Judging, spread: float = 0.2) -> Tensors:
     """Return reward models of which no entry is zero."""
     rng = np.random.default_rng(3)
-    first = initial_rewards(OBJECTIVES, judging.base.identity.shape, ADAPTER_SIZE, seed=5)
+    first = initial_rewards(OBJECTIVES, judging.shape, seed=5)
     return {n: (t + rng.normal(0, spread, t.shape)).astype(np.float32) for n, t in first.items()}
 
 
@@ -92,7 +92,7 @@ def by_autograd(
         lora_count=0,
         lora_rank=RANK,
     )
-    model.put(adapters_of(tensors, ONE))
+    model.put(trunk_tensors_of(tensors, ONE))
     model.model.double()
     head = {
         n.removeprefix(f"reward.{ONE}."): torch.from_numpy(t).double().requires_grad_(True)
@@ -134,9 +134,9 @@ def test_loss_and_every_gradient_are_those_of_autograd_in_double_precision(
         lora_count=0,
         lora_rank=RANK,
     )
-    model.put(adapters_of(tensors, ONE))
+    model.put(trunk_tensors_of(tensors, ONE))
     head = Head(of_objective(tensors, ONE)).double().requires_grad_(True)
-    loss = batch_gradient(model, head, pairs, margin=margin)
+    loss = batch_gradient(AdaptedTrunk(model), head, pairs, margin=margin)
     wanted, expected = by_autograd(identity, tensors, pairs, margin)
     assert loss == pytest.approx(wanted, rel=1e-12)
     found = {n.replace("_", ".", 1): p.grad for n, p in head.named_parameters()} | dict(
@@ -157,8 +157,8 @@ def test_at_the_start_a_reward_model_reads_the_bare_trunk_to_the_bit(
     judging: Judging, shared_judging: Judging
 ) -> None:
     shape = judging.base.identity.shape
-    first = initial_rewards(OBJECTIVES, shape, ADAPTER_SIZE, seed=5)
-    bare = initial_rewards(OBJECTIVES, shape, 0, seed=5)
+    first = initial_rewards(OBJECTIVES, judging.shape, seed=5)
+    bare = initial_rewards(OBJECTIVES, TrunkShape(base=shape), seed=5)
     assert {n: t.tobytes() for n, t in bare.items()} == {
         n: t.tobytes() for n, t in first.items() if ".trunk." not in n
     }
@@ -207,14 +207,13 @@ def test_each_reward_model_reads_through_its_own_adapters(judging: Judging) -> N
 
 
 def taught(judging: Judging, **changes: Any) -> Any:
-    shape = judging.base.identity.shape
     how: dict[str, Any] = {
         "steps": 3, "batch_size": 2, "learning_rate": 0.01, "seed": 7, "words": ("pi", ONE, 2),
         "objective": ONE,
     }  # fmt: skip
-    first = initial_rewards(OBJECTIVES, shape, ADAPTER_SIZE, seed=5)
+    first = initial_rewards(OBJECTIVES, judging.shape, seed=5)
     given = changes.pop("pairs", sides(judging))
-    return train_adapted(judging.model, first, given, **{**how, **changes})
+    return train_with_trunk(judging.learning, first, given, **{**how, **changes})
 
 
 def test_learning_lowers_the_loss_and_moves_the_adapters(judging: Judging) -> None:
@@ -250,7 +249,7 @@ def given(academy: Academy) -> GlobalStates:
     return GlobalStates(shared=academy.heads(*OBJECTIVES))
 
 
-def test_heads_and_adapters_of_each_objective_travel_and_no_lora(adapters: Academy) -> None:
+def test_heads_and_trunk_tensors_of_each_objective_travel_and_no_lora(adapters: Academy) -> None:
     layout = adapters.setup().layouts["reward"]
     # two heads, and with each 36 adapters of 2 * 16 * 4 + 4 + 16 numbers
     assert layout.size == HEADS.size + 2 * 36 * 148
@@ -329,4 +328,4 @@ def test_a_device_of_another_choice_shares_other_tensors(
     head, both = academy.setup(), adapters.setup()
     assert head.layouts["reward"].sha256 != both.layouts["reward"].sha256
     assert head.layouts_sha256 != both.layouts_sha256
-    assert reward_layout(OBJECTIVES, academy.shape.base) == head.layouts["reward"]
+    assert reward_layout(OBJECTIVES, TrunkShape(base=academy.shape.base)) == head.layouts["reward"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from device_profiles.methods import OBJECTIVES
-from device_profiles.reward_heads import initial_rewards
+from device_profiles.reward_heads import TrunkShape, initial_rewards
 from edge_client.alignment.rollouts import judged
 from edge_client.data.instructions import Example
 from edge_client.data.prompts import encode_example, prompt
@@ -45,7 +45,7 @@ def judging(base: FrozenBase, encoder: Encoder) -> Judging:
 
 
 def rewards(base: FrozenBase) -> Tensors:
-    return initial_rewards(OBJECTIVES, base.identity.shape, 0, 5, WIDTH)
+    return initial_rewards(OBJECTIVES, TrunkShape(base=base.identity.shape, encoder_width=WIDTH), 5)
 
 
 def test_an_encoder_reads_the_texts_of_the_bases_tokens(judging: Judging, encoder: Encoder) -> None:
@@ -108,7 +108,7 @@ def test_critics_start_from_a_head_on_the_base_that_is_the_same_everywhere(
 
 def test_without_an_encoder_they_start_from_their_reward_models(base: FrozenBase) -> None:
     bare = Judging(base)
-    tensors = initial_rewards(OBJECTIVES, base.identity.shape, 0, 5)
+    tensors = initial_rewards(OBJECTIVES, TrunkShape(base=base.identity.shape), 5)
     heads = Heads(tensors, OBJECTIVES, bare)
     own, mean, deviation = heads.critic("helpfulness")
     assert own is heads.tensors("helpfulness")

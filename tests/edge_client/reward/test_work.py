@@ -15,7 +15,7 @@ from torch import Tensor
 from device_profiles.errors import InputError
 from device_profiles.methods import OBJECTIVES, Objective
 from device_profiles.modules import BaseShape
-from device_profiles.reward_heads import head_tensors
+from device_profiles.reward_heads import TrunkShape, head_tensors
 from edge_client.data.instructions import Example
 from edge_client.data.preferences import Pair
 from edge_client.data.prompts import Encoded, encode_example
@@ -33,7 +33,9 @@ from messaging.protocol import Task
 from tests.edge_client.conftest import Academy, a_device, a_task, own_data
 
 WIDTH = 16
-LAYOUT = reward_layout(OBJECTIVES, BaseShape(layers=12, width=WIDTH, inner=4 * WIDTH))
+LAYOUT = reward_layout(
+    OBJECTIVES, TrunkShape(base=BaseShape(layers=12, width=WIDTH, inner=4 * WIDTH))
+)
 DATA = own_data(OBJECTIVES)
 FRESH = ClientState(round=0, stage="reward", personal={"a.lora_A.weight": np.ones((2, 3), "f4")})
 

@@ -39,7 +39,7 @@ from edge_client.reward.encoder import Encoder
 from edge_client.reward.evaluation import evaluate_pairs, wins
 from edge_client.reward.features import Trunk
 from edge_client.reward.head import Head, scores
-from edge_client.reward.training import LEARNING_RATE, WEIGHT_DECAY, train_head
+from edge_client.reward.training import LEARNING_RATE, WEIGHT_DECAY, PairSteps, train_head
 from messaging.layout import Tensors
 from quantization.frozen_gpt2 import FrozenBase, load_frozen
 from quantization.identity import identify
@@ -130,12 +130,14 @@ def centralised(
         initial_heads(words[:1], data.width, HIDDEN, seed),
         data.features[data.chosen[train]],
         data.features[data.rejected[train]],
-        steps=how.rounds * how.local_steps,
-        batch_size=how.batch_size,
-        learning_rate=how.learning_rate,
-        weight_decay=how.weight_decay,
-        seed=seed,
-        words=("centralised", *words),
+        PairSteps(
+            steps=how.rounds * how.local_steps,
+            batch_size=how.batch_size,
+            learning_rate=how.learning_rate,
+            weight_decay=how.weight_decay,
+            seed=seed,
+            words=("centralised", *words),
+        ),
     ).tensors
 
 
@@ -157,13 +159,15 @@ def federated(
                 head,
                 data.features[data.chosen[pairs]],
                 data.features[data.rejected[pairs]],
-                steps=how.local_steps,
-                batch_size=how.batch_size,
-                learning_rate=how.learning_rate,
-                weight_decay=how.weight_decay,
-                seed=seed,
-                words=("federated", *words, client, round_),
-                moments=moments[client],
+                PairSteps(
+                    steps=how.local_steps,
+                    batch_size=how.batch_size,
+                    learning_rate=how.learning_rate,
+                    weight_decay=how.weight_decay,
+                    seed=seed,
+                    words=("federated", *words, client, round_),
+                ),
+                moments[client],
             )
             moments[client] = result.moments
             results.append(result.tensors)

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from device_profiles.errors import InputError
 from device_profiles.reward_heads import PASS_TOKENS, trunk_prefix
-from device_profiles.seeds import stream
-from edge_client.data.batches import training_order
 from edge_client.data.packing import pack
 from edge_client.data.prompts import Encoded
 from edge_client.descent import Descent, Moments
@@ -27,13 +25,11 @@ from edge_client.progress import Interruption
 from edge_client.reward.features import state_features
 from edge_client.reward.head import Head, of_objective, trunk_tensors_of
 from edge_client.reward.training import (
-    LEARNING_RATE,
     UNSEEN,
-    WEIGHT_DECAY,
     HeadTraining,
+    PairSteps,
     bradley_terry,
     check_loss,
-    check_numbers,
 )
 from messaging.layout import Tensors
 
@@ -110,50 +106,30 @@ def train_with_trunk(
     trunk: LearningTrunk,
     tensors: Tensors,
     pairs: Sequence[Sides],
+    how: PairSteps,
     *,
     objective: str,
-    steps: int,
-    batch_size: int,
-    learning_rate: float = LEARNING_RATE,
-    weight_decay: float = WEIGHT_DECAY,
-    margin: float = 0.0,
-    seed: int,
-    words: tuple[str | int, ...],
     moments: Moments | None = None,
     interruption: Interruption | None = None,
 ) -> HeadTraining:
-    """Take ``steps`` of AdamW on one reward model: its head, and what of its trunk is its own.
+    """Take steps on one reward model: its head, and what of its trunk is its own.
 
-    The batches are a function of ``seed`` and ``words`` alone. Weight decay takes adapters and
-    changes of weights back towards the bare trunk.
+    Weight decay takes adapters and changes of weights back towards the bare trunk.
 
     Args:
         trunk: Whose own part is trained in place.
         tensors: Of the run's reward models, by name; they are copied.
         pairs: At least 1.
+        how: The steps.
         objective: Whose reward model learns.
-        steps: At least 1.
-        batch_size: At least 1; with fewer pairs, all of them.
-        learning_rate: Above 0, without schedule.
-        weight_decay: Decoupled: a step multiplies by 1 - learning_rate * weight_decay; >= 0.
-        margin: By which a chosen response should score higher, >= 0.
-        seed: Of the run.
-        words: Client, objective and round.
         moments: Of earlier rounds; none to begin.
         interruption: Looked at before every step: a round that is broken off is trained again, to
             the same bits.
 
     Raises:
-        InputError: If there is no pair, a number is out of its range, or training diverges.
+        InputError: If there is no pair, or training diverges.
         StoppedError: If the device is to leave in the middle of it.
     """
-    check_numbers(
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        margin=margin,
-    )
     if not pairs:
         raise InputError(
             f"no pair to learn a reward model of {objective} from; give at least 1 pair"
@@ -168,27 +144,26 @@ def train_with_trunk(
     descent = Descent(
         [*seen.values(), *trunk.parameters()],
         seen | {prefix + name: values for name, values in trunk.trainable().items()},
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
+        learning_rate=how.learning_rate,
+        weight_decay=how.weight_decay,
         clip_norm=_CLIP_NORM,
         moments=moments,
     )
-    size = min(batch_size, len(pairs))
     losses: list[float] = []
     tokens = 0
-    for batch in training_order(len(pairs), steps, size, stream(seed, "pairs", *words)):
+    for batch in how.batches(len(pairs)):
         if interruption is not None:
             interruption.check()
         chosen = [pairs[i] for i in batch]
-        losses.append(batch_gradient(trunk, head, chosen, margin=margin))
-        check_loss(losses, learning_rate)
+        losses.append(batch_gradient(trunk, head, chosen, margin=how.margin))
+        check_loss(losses, how.learning_rate)
         descent.step()
         tokens += sum(len(side.tokens) for pair in chosen for side in pair)
     return HeadTraining(
         tensors=head.take() | {prefix + name: values for name, values in trunk.take().items()},
         moments=descent.moments(),
         loss=sum(losses) / len(losses),
-        pairs=size * len(losses),
+        pairs=how.size(len(pairs)) * len(losses),
         tokens=tokens,
     )
 

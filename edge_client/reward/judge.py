@@ -28,7 +28,7 @@ from edge_client.peft.packed_model import PackedModel
 from edge_client.reward.evaluation import PairEvaluation, evaluate_pairs
 from edge_client.reward.head import Head, of_objective, scores
 from edge_client.reward.judging import Heads, Judging
-from edge_client.reward.training import train_head
+from edge_client.reward.training import PairSteps, train_head
 from messaging.layout import Tensors
 
 #: Of the judge: no run's own, as runs are numbered from 0.
@@ -135,10 +135,7 @@ def teach(judging: Judging, sets: PairSets, *, seed: int = SEED, steps: int = ST
             of_objective(initial, name),
             learned.chosen,
             learned.rejected,
-            steps=steps,
-            batch_size=BATCH_SIZE,
-            seed=seed,
-            words=("judge", name),
+            PairSteps(steps=steps, batch_size=BATCH_SIZE, seed=seed, words=("judge", name)),
         )
         head = Head(done.tensors).to(apart.chosen.device)
         figures[name] = evaluate_pairs(

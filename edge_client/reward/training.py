@@ -26,6 +26,53 @@ UNSEEN = ".outer.bias"  # it cancels in a difference, so it gets no gradient and
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairSteps:
+    """Steps of AdamW on pairs. Their batches are a function of ``seed`` and ``words`` alone.
+
+    Attributes:
+        steps: At least 1.
+        batch_size: At least 1; with fewer pairs, all of them.
+        learning_rate: Above 0, without schedule.
+        weight_decay: Decoupled: a step multiplies by 1 - learning_rate * weight_decay; >= 0.
+        margin: By which a chosen response should score higher, >= 0.
+        seed: Of the run.
+        words: Client, objective and round.
+
+    Raises:
+        InputError: If a number is out of its range.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float = LEARNING_RATE
+    weight_decay: float = WEIGHT_DECAY
+    margin: float = 0.0
+    seed: int
+    words: tuple[str | int, ...]
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch_size", 1), ("weight_decay", 0), ("margin", 0)):
+            value = getattr(self, name)
+            if not value >= least:
+                raise InputError(
+                    f"{name} = {value:g} of reward learning; it must be at least {least}"
+                )
+        if not self.learning_rate > 0:
+            raise InputError(
+                f"learning_rate = {self.learning_rate:g} of reward learning; it must be above 0"
+            )
+
+    def batches(self, pairs: int) -> list[list[int]]:
+        """Return the pairs of each step, of so many that there are."""
+        rng = stream(self.seed, "pairs", *self.words)
+        return list(training_order(pairs, self.steps, self.size(pairs), rng))
+
+    def size(self, pairs: int) -> int:
+        """Return how many pairs a step has, of so many that there are."""
+        return min(self.batch_size, pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
 class HeadTraining:
     """What some steps gave.
 
@@ -58,46 +105,24 @@ def train_head(
     tensors: Tensors,
     chosen: Tensor,
     rejected: Tensor,
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float = LEARNING_RATE,
-    weight_decay: float = WEIGHT_DECAY,
-    margin: float = 0.0,
-    seed: int,
-    words: tuple[str | int, ...],
+    how: PairSteps,
     moments: Moments | None = None,
 ) -> HeadTraining:
-    """Take ``steps`` of AdamW on one objective's head.
-
-    The batches are a function of ``seed`` and ``words`` alone.
+    """Take steps on one objective's head.
 
     Args:
         tensors: Of the head; they are copied.
         chosen: Features of the responses that were preferred, of at least 1 pair. Shape (N, F).
         rejected: Features of the others. Shape (N, F).
-        steps: At least 1.
-        batch_size: At least 1; with fewer pairs, all of them.
-        learning_rate: Above 0, without schedule.
-        weight_decay: Decoupled: a step multiplies by 1 - learning_rate * weight_decay; >= 0.
-        margin: By which a chosen response should score higher, >= 0.
-        seed: Of the run.
-        words: Client, objective and round.
+        how: The steps.
         moments: Of earlier rounds; none to begin.
 
     Raises:
-        InputError: If there is no pair, the features do not fit the head or one another, a number
-            is out of its range, or training diverges.
+        InputError: If there is no pair, the features do not fit the head or one another, or
+            training diverges.
     """
     head = Head(tensors)
     _check(head, chosen, rejected)
-    check_numbers(
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        margin=margin,
-    )
     head.to(chosen.device)
     trained = {
         name: parameter
@@ -109,21 +134,21 @@ def train_head(
     descent = Descent(
         list(trained.values()),
         trained,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
+        learning_rate=how.learning_rate,
+        weight_decay=how.weight_decay,
         moments=moments,
     )
-    size = min(batch_size, len(chosen))
+    size = how.size(len(chosen))
     losses = []
-    for batch in training_order(len(chosen), steps, size, stream(seed, "pairs", *words)):
+    for batch in how.batches(len(chosen)):
         both = head(torch.cat([chosen[batch], rejected[batch]]))  # (2 * size,)
-        loss = bradley_terry(both[:size], both[size:], margin)
+        loss = bradley_terry(both[:size], both[size:], how.margin)
         for parameter in trained.values():
             parameter.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
         descent.step()
         losses.append(loss.item())
-        check_loss(losses, learning_rate)
+        check_loss(losses, how.learning_rate)
     return HeadTraining(
         tensors=head.take(),
         moments=descent.moments(),
@@ -155,25 +180,4 @@ def check_loss(losses: Sequence[float], learning_rate: float) -> None:
         raise InputError(
             f"learning_rate = {learning_rate:g}: the reward head's loss is {losses[-1]:g} at "
             f"step {len(losses)}; choose a lower one"
-        )
-
-
-def check_numbers(**given: float) -> None:
-    """Refuse settings of reward learning, by name, that are out of their ranges.
-
-    Raises:
-        InputError: Naming setting, value and bound.
-    """
-    bounds = {
-        "steps": (1, "at least 1"),
-        "batch_size": (1, "at least 1"),
-        "weight_decay": (0, "at least 0"),
-        "margin": (0, "at least 0"),
-    }
-    for name, (least, words) in bounds.items():
-        if not given[name] >= least:
-            raise InputError(f"{name} = {given[name]:g} of reward learning; it must be {words}")
-    if not given["learning_rate"] > 0:
-        raise InputError(
-            f"learning_rate = {given['learning_rate']:g} of reward learning; it must be above 0"
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from edge_client.reward.adapted import train_with_trunk
 from edge_client.reward.evaluation import evaluate_pairs
 from edge_client.reward.head import Head, of_objective, scores
 from edge_client.reward.judging import Judging
-from edge_client.reward.training import HeadTraining, train_head
+from edge_client.reward.training import HeadTraining, PairSteps, train_head
 from edge_client.stage_work import GlobalStates, Measured, Trained
 from edge_client.state import ClientState
 from messaging.layout import Layout, Tensors, Vector
@@ -151,26 +150,27 @@ class RewardWork:
     def _learn(
         self, name: Objective, task: Task, tensors: Tensors, state: ClientState
     ) -> HeadTraining:
-        how: dict[str, Any] = {
-            "steps": task.local_steps,
-            "batch_size": task.batch_size,
-            "learning_rate": task.learning_rate,
-            "margin": task.margin,
-            "seed": task.seed,
-            "words": (self._device.id, name, task.round),
-            "moments": _moments(state, name),
-        }
+        how = PairSteps(
+            steps=task.local_steps,
+            batch_size=task.batch_size,
+            learning_rate=task.learning_rate,
+            margin=task.margin,
+            seed=task.seed,
+            words=(self._device.id, name, task.round),
+        )
+        moments = _moments(state, name)
         if not self._judging.shape.own:
-            features = self._features("train", name, task, tensors)
-            return train_head(of_objective(tensors, name), *features, **how)
+            chosen, rejected = self._features("train", name, task, tensors)
+            return train_head(of_objective(tensors, name), chosen, rejected, how, moments)
         sides = self._encoded("train", name, task)
         return train_with_trunk(
             self._judging.learning,
             tensors,
             list(zip(sides.chosen, sides.rejected, strict=True)),
+            how,
             objective=name,
+            moments=moments,
             interruption=self._interruption,
-            **how,
         )
 
     def _features(self, part: str, name: Objective, task: Task, tensors: Tensors) -> _Features:

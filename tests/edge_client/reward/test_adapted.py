@@ -26,6 +26,7 @@ from edge_client.reward.adapted import AdaptedTrunk, Sides, batch_gradient, trai
 from edge_client.reward.head import Head, of_objective, scores, trunk_tensors_of
 from edge_client.reward.judging import Judging, reward_layout
 from edge_client.reward.reference import load_reference
+from edge_client.reward.training import PairSteps
 from edge_client.stage_work import GlobalStates
 from messaging.errors import PrivateTensorError
 from messaging.layout import Tensors
@@ -209,11 +210,12 @@ def test_each_reward_model_reads_through_its_own_adapters(judging: Judging) -> N
 def taught(judging: Judging, **changes: Any) -> Any:
     how: dict[str, Any] = {
         "steps": 3, "batch_size": 2, "learning_rate": 0.01, "seed": 7, "words": ("pi", ONE, 2),
-        "objective": ONE,
     }  # fmt: skip
     first = initial_rewards(OBJECTIVES, judging.shape, seed=5)
     given = changes.pop("pairs", sides(judging))
-    return train_with_trunk(judging.learning, first, given, **{**how, **changes})
+    rest = {n: changes.pop(n) for n in ("moments", "interruption") if n in changes}
+    steps = PairSteps(**{**how, **changes})
+    return train_with_trunk(judging.learning, first, given, steps, objective=ONE, **rest)
 
 
 def test_learning_lowers_the_loss_and_moves_the_adapters(judging: Judging) -> None:

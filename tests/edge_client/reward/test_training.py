@@ -14,7 +14,7 @@ from device_profiles.errors import InputError
 from edge_client.descent import Moments
 from edge_client.reward.evaluation import wins
 from edge_client.reward.head import Head, scores
-from edge_client.reward.training import HeadTraining, bradley_terry, train_head
+from edge_client.reward.training import HeadTraining, PairSteps, bradley_terry, train_head
 from messaging.layout import Tensors
 from tests.edge_client.reward.conftest import NAME, a_head, by_hand, some_features
 
@@ -23,7 +23,9 @@ def learn(
     tensors: Tensors, chosen: Tensor, rejected: Tensor, *, steps: int = 5, **changes: Any
 ) -> HeadTraining:
     how: dict[str, Any] = {"batch_size": 16, "learning_rate": 1e-2, "seed": 3, "words": ("pi", 1)}
-    return train_head(tensors, chosen, rejected, steps=steps, **{**how, **changes})
+    moments = changes.pop("moments", None)
+    steps_ = PairSteps(steps=steps, **{**how, **changes})
+    return train_head(tensors, chosen, rejected, steps_, moments)
 
 
 def same(one: Tensors, other: Tensors) -> bool:

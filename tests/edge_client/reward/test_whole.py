@@ -17,6 +17,7 @@ from edge_client.progress import Interruption, StoppedError
 from edge_client.reward.adapted import batch_gradient, train_with_trunk
 from edge_client.reward.head import Head, of_objective, trunk_tensors_of
 from edge_client.reward.judging import Judging, reward_layout
+from edge_client.reward.training import PairSteps
 from edge_client.reward.whole import WholeTrunk
 from messaging.layout import Tensors
 from quantization.frozen_gpt2 import changed, load_frozen
@@ -140,9 +141,10 @@ def taught(judging: Judging, sides: list[tuple[Encoded, Encoded]], **changes: An
     first = initial_rewards(OBJECTIVES, judging.shape, seed=5)
     how: dict[str, Any] = {
         "steps": 3, "batch_size": 2, "learning_rate": 3e-3, "seed": 7, "words": ("pi", ONE, 2),
-        "objective": ONE,
     }  # fmt: skip
-    return train_with_trunk(judging.learning, first, sides, **{**how, **changes})
+    rest = {n: changes.pop(n) for n in ("moments", "interruption") if n in changes}
+    steps = PairSteps(**{**how, **changes})
+    return train_with_trunk(judging.learning, first, sides, steps, objective=ONE, **rest)
 
 
 def test_learning_lowers_the_loss_and_changes_every_layer(

@@ -22,7 +22,7 @@ from edge_client.data.prompts import Encoded, encode_example
 from edge_client.reward.evaluation import evaluate_pairs
 from edge_client.reward.head import Head, of_objective, scores
 from edge_client.reward.judging import reward_layout
-from edge_client.reward.training import train_head
+from edge_client.reward.training import PairSteps, train_head
 from edge_client.reward.work import RewardWork
 from edge_client.stage_work import GlobalStates
 from edge_client.state import ClientState
@@ -102,11 +102,9 @@ def test_an_update_is_after_minus_before_of_heads_that_learned_from_the_clients_
             of_objective(before, name),
             chosen,
             rejected,
-            steps=4,
-            batch_size=2,
-            learning_rate=0.003,
-            seed=7,
-            words=("pi5-01", name, 2),
+            PairSteps(
+                steps=4, batch_size=2, learning_rate=0.003, seed=7, words=("pi5-01", name, 2)
+            ),
         ).tensors
     wanted = LAYOUT.pack(after) - states.shared
     # features of all pairs of a batch against those of one side alone: fp32 through 12 blocks,

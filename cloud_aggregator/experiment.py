@@ -364,6 +364,11 @@ def check_experiment(experiment: Experiment, source: str) -> None:
             f"priced_lora_rank = {experiment.priced_lora_rank} with priced_at 'base', which has "
             "the rank that learns; name another shape, or leave it out"
         )
+    if experiment.engine == "ray" and experiment.reward_shares == "all":
+        raise InputError(
+            "reward_shares = 'all' with engine 'ray': whole trunks are put together of the base's "
+            "files, which a node need not have; give engine local, or reward_shares = 'adapters'"
+        )
     local = experiment.engine == "local"
     if local and experiment.address is not None:
         raise InputError(

@@ -60,6 +60,9 @@ class ResumablePartial:
     def finish(self) -> memoryview:
         """Flush to the disk and return the whole blob, as a view of the file.
 
+        From here on nothing says which pieces are here: who is killed before the blob is kept asks
+        for all of it again.
+
         Raises:
             SpoolFullError: If the disk has no room.
         """

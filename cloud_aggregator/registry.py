@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from messaging.errors import ProtocolError
-from messaging.protocol import DeviceRecord, Hello
+from messaging.protocol import DeviceRecord, Hello, encoder_of
 
 _LISTENING_SECONDS = 5.0  # between two looks; what is more, nobody listened
 
@@ -18,6 +18,7 @@ class Registry:
         layout: Hash of the shared tensors.
         known: The only devices that may take part; by default any that fits.
         scoring: Of the devices that the run has had; by default that of those that are there.
+        encoder: Mark of the encoder that the run's reward models read; empty for none.
         devices: That an earlier process of this run knew; none of them is there yet.
         epochs: The most starts that each of them has come with.
         silence_seconds: After as long without a word a device is taken for gone; without it, only
@@ -36,6 +37,7 @@ class Registry:
         layout: str,
         known: frozenset[str] | None = None,
         scoring: str | None = None,
+        encoder: str = "",
         devices: Mapping[str, DeviceRecord] | None = None,
         epochs: Mapping[str, int] | None = None,
         silence_seconds: float | None = None,
@@ -44,7 +46,7 @@ class Registry:
         self._known = known
         self._binding = binding
         self._layout = layout
-        self._scoring = scoring
+        self._scoring, self._encoder = scoring, encoder
         self._sessions: dict[str, str] = {}
         self._online: set[str] = set()
         self._left: set[str] = set()
@@ -85,7 +87,7 @@ class Registry:
             raise ProtocolError(
                 "layout",
                 f"device '{hello.client}' shares other tensors than the run; compare method, "
-                "stages, reward_shares and adapter size",
+                "stages, reward_shares, reward_trunk and adapter size",
             )
         if hello.device is None or hello.device.id != hello.client:
             raise ProtocolError("identity", "HELLO without a record of the device that sends it")
@@ -95,13 +97,20 @@ class Registry:
                 f"the run is private and device '{hello.client}' says what it holds; set private = "
                 "true in its configuration",
             )
+        if hello.device.scoring and encoder_of(hello.device.scoring) != self._encoder:
+            raise ProtocolError(
+                "layout",
+                f"the reward models of device '{hello.client}' read another reward_trunk than the "
+                "run's; give it the run's encoder, or none where the run has none",
+            )
         others = {self.devices[name].scoring for name in self._online if name != hello.client}
         wanted = others if self._scoring is None else {self._scoring}
         if wanted - {hello.device.scoring}:
             raise ProtocolError(
                 "layout",
                 f"device '{hello.client}' scores responses by '{hello.device.scoring}' and the "
-                "others do not: another trunk precision, or another reference set; give it theirs",
+                "others do not: another trunk precision, reward_trunk or reference set; give it "
+                "theirs",
             )
         if hello.epoch < (last := self._epochs.get(hello.client, 0)):
             raise ProtocolError(

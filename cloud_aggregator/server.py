@@ -35,7 +35,7 @@ from cloud_aggregator.summary import client_before, global_figures, list_clients
 from messaging import topics
 from messaging.key_files import RunKeys
 from messaging.layout import Vector
-from messaging.protocol import Report
+from messaging.protocol import Report, encoder_mark
 from messaging.security import CloudSeal
 from messaging.transport import Network, is_connected
 
@@ -87,6 +87,7 @@ class Aggregator:
             layout=self._course.layouts_sha256,
             known=settings.known_clients,
             scoring=next((device.scoring for device in record.clients), None),
+            encoder=encoder_mark(record.encoder.sha256 if record.encoder else None),
             devices=store.devices(),
             epochs=store.epochs(),
             silence_seconds=settings.silence_seconds,

@@ -33,6 +33,6 @@ def why_not(manifest: Manifest, setup: Setup, binding: str) -> str | None:
     if manifest.layout != setup.layouts_sha256:
         return (
             "the run shares other tensors than this device; compare the method's settings, the "
-            "stages and reward_shares"
+            "stages, reward_shares and reward_trunk"
         )
     return None

@@ -33,6 +33,7 @@ from edge_client.peft.packed_model import PackedModel
 from edge_client.preflight import (
     check_memory,
     client_memory,
+    encoder_memory,
     free_memory,
     reward_memory,
     step_shape,
@@ -376,16 +377,17 @@ def _check_memory(
         bare = replace(shape, adapter_size=0)
         learning_all = whole_memory(bare, identity.parameters, rewards, max_length=_USUAL_LENGTH)
         needed = max(needed, learning_all + usual.state + usual.before + usual.base)
-    needed += 0 if encoder is None else encoder.bytes
+    remedies = ["give precision = 'int8' or 'nf4'", "a smaller lora_count"]
+    if client.reward_shares == "all" and device.scoring:
+        remedies = ["give reward_shares = 'adapters' or 'head' here and in the run"]
+    elif encoder is not None:
+        needed += encoder_memory(encoder.parameters, encoder.width)
+        remedies.append("reward_trunk = 'base' here and in the run")
     check_memory(
         needed,
         free_memory(),
         what=f"training on {_USUAL_BATCH} examples of {_USUAL_LENGTH} tokens",
-        remedies=[
-            "give precision = 'int8' or 'nf4'",
-            "a smaller lora_count",
-            "free memory on this device",
-        ],
+        remedies=[*remedies, "free memory on this device"],
     )
 
 

@@ -102,12 +102,22 @@ class Power(Record):
     battery_joules: Annotated[float, Field(gt=0, le=1e12)] | None = None
 
 
+def encoder_mark(sha256: str | None) -> str:
+    """Return what of an encoder's hash stands in ``DeviceRecord.scoring``; empty for none."""
+    return (sha256 or "")[:24]
+
+
+def encoder_of(scoring: str) -> str:
+    """Return the mark of the encoder that a device scores by; empty for none."""
+    return scoring.partition(":")[0].partition("+")[2]
+
+
 class DeviceRecord(Record):
     """What a device says of itself; it becomes the client's entry in ``run.json``.
 
-    ``scoring`` names what reward models read and are scaled by: the trunk's precision and the hash
-    of the reference set, or a hash of an encoder with both. It is the same on every device of a
-    run, and empty without reward models.
+    ``scoring`` names what reward models read and are scaled by: the trunk's precision, ``+`` and
+    the beginning of an encoder's hash where there is one, ``:`` and the hash of the reference set.
+    It is the same on every device of a run, and empty without reward models.
     """
 
     id: Identifier

@@ -12,6 +12,8 @@ from quantization.errors import BaseModelError
 from quantization.identity import count_parameters, file_sha256, locate
 
 _WEIGHTS, _TOKENIZER = "model.safetensors", "tokenizer.json"
+_NEEDED = ("config.json", _WEIGHTS, _TOKENIZER)
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt")
 _WIDTHS = ("hidden_size", "dim")  # of BERT and its like, and of DistilBERT
 
 
@@ -22,7 +24,7 @@ class EncoderIdentity:
     Attributes:
         name: As the user wrote it; of a folder, its last part.
         folder: Where configuration, weights and tokenizer are.
-        sha256: Of weights and tokenizer.
+        sha256: Of all that says what it computes: configuration, weights and tokenizer.
         width: Of its hidden states.
         parameters: Number of its weights.
     """
@@ -55,7 +57,9 @@ def identify_encoder(name: str) -> EncoderIdentity | None:
     try:
         config = json.loads((folder / "config.json").read_text())
         width = next(config[key] for key in _WIDTHS if key in config)
-        files = [file_sha256(folder / file) for file in (_WEIGHTS, _TOKENIZER)]
+        files = {file: file_sha256(folder / file) for file in _NEEDED}
+        there = [file for file in _BESIDE if (folder / file).is_file()]
+        files |= {file: file_sha256(folder / file) for file in there}
     except (OSError, ValueError, TypeError, StopIteration) as err:
         raise BaseModelError(
             f"encoder '{name}': no encoder can be read there; give the folder of one with "
@@ -68,7 +72,7 @@ def identify_encoder(name: str) -> EncoderIdentity | None:
     return EncoderIdentity(
         name=folder.resolve().name if Path(name).expanduser().is_dir() else name,
         folder=folder,
-        sha256=hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+        sha256=hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
         width=width,
         parameters=count_parameters(folder / _WEIGHTS),
     )

@@ -188,7 +188,7 @@ def changed(base: FrozenBase, changes: Mapping[str, npt.NDArray[np.float32]]) ->
     with checkpoint.opened() as read:
         weights = _read_weights(
             checkpoint,
-            lambda name: read(name).to(torch.float32) + torch.from_numpy(changes[name]),
+            lambda name: read(name).to(torch.float32) + torch.from_numpy(changes[name].copy()),
             lambda _name, weight: hold_fp32(weight, "cpu"),
             "cpu",
         )

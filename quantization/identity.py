@@ -131,8 +131,12 @@ def locate(name: str, *, what: str = "model") -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise BaseModelError(f"{what} '{name}': no such folder; give a checkpoint folder or 'mini'")
+        raise BaseModelError(f"{what} '{name}': no such folder; give {_instead(what)}")
     return _fetch(name, what)
+
+
+def _instead(what: str) -> str:
+    return "a checkpoint folder or 'mini'" if what == "model" else "a checkpoint folder"
 
 
 def _fetch(hub_id: str, what: str) -> Path:
@@ -151,7 +155,7 @@ def _fetch(hub_id: str, what: str) -> Path:
     except (OSError, HfHubHTTPError) as err:
         raise HubUnavailableError(
             f"{what} '{hub_id}' could not be fetched from the hub ({type(err).__name__}); "
-            "connect to it, or give a checkpoint folder or 'mini'"
+            f"connect to it, or give {_instead(what)}"
         ) from err
 
 

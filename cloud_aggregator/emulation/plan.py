@@ -30,6 +30,7 @@ from edge_client.device_record import held_bytes
 from edge_client.preflight import (
     check_memory,
     client_memory,
+    encoder_memory,
     fleet_bytes,
     free_memory,
     reward_memory,
@@ -89,6 +90,11 @@ def plan_run(experiment: Experiment, folder: RunFolder) -> Planned:
     )
 
 
+#: Of the aggregator, on the same machine, for each parameter that travels: its sums in float64, an
+#: update and its bytes, and states. It counts where that is many.
+_CLOUD_BYTES = 40
+
+
 def check_plan_memory(planned: Planned) -> None:
     """Refuse, before any worker starts, a run that the system would stop for its memory.
 
@@ -136,14 +142,17 @@ def check_plan_memory(planned: Planned) -> None:
         )
         rest = sum(held_bytes(planned.identity, p) for p in bases)
         needed = max(needed, workers * (learning_all + one.state + one.before + rest))
+        needed += _CLOUD_BYTES * fleet.layouts["reward"].size
     if planned.encoder is not None:
-        needed += workers * planned.encoder.bytes
+        needed += workers * encoder_memory(planned.encoder.parameters, planned.encoder.width)
     check_memory(
         needed,
         free_memory(),
         what=f"{workers} worker(s) on {planned.identity.name}",
         remedies=[
             "give --workers 1",
+            *(["--reward-shares adapters or head"] if experiment.reward_shares == "all" else []),
+            *(["--reward-trunk base"] if planned.encoder is not None else []),
             "--precision int8 or nf4",
             "a smaller --batch-size or --max-length",
         ],
@@ -307,7 +316,7 @@ def fleet_spec(planned: Planned, clients: list[ClientSpec]) -> WorkerSpec:
         prompts=experiment.prompts,
         hashes=planned.preferences.hashes,
         trunk_precision=experiment.trunk_precision,
-        reward_trunk=experiment.reward_trunk,
+        reward_trunk=_resolved(experiment.reward_trunk),
         encoder_sha256=planned.encoder.sha256 if planned.encoder else None,
         reward_shares=experiment.reward_shares,
         placement=experiment.placement,
@@ -320,3 +329,9 @@ def fleet_spec(planned: Planned, clients: list[ClientSpec]) -> WorkerSpec:
         private=experiment.privacy is not None,
         clients=clients,
     )
+
+
+def _resolved(name: str) -> str:
+    """Return a folder's whole path, for workers that stand elsewhere; other names as they are."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name

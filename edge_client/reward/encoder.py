@@ -49,6 +49,7 @@ class Encoder:
         self.name = Path(name).expanduser().resolve().name if local else name
         _check_is_encoder(_read("configuration", source, local=local))
         self._tokenizer = _read("tokenizer", source, local=local)
+        self._tokenizer.padding_side = "right"  # places are counted from the left
         self._model = _read("weights", source, local=local)
         self._model.requires_grad_(False)
         self._model.eval()

@@ -206,9 +206,6 @@ class Judging:
         """Return examples as a reward model reads them; what is kept is not read again.
 
         Shape (N, F).
-
-        Raises:
-            DiskError: If what is read is to be kept, and the disk does not take it.
         """
 
         def read() -> Tensor:

@@ -8,8 +8,13 @@ Shape letters: N examples, F features.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
+import os
+import secrets
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,10 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edge_client.data.prompts import Encoded
-from edge_client.disk import replace_file
 from quantization.frozen_gpt2 import FrozenBase
 
+log = logging.getLogger(__name__)
+
 _NAME = "features"
+_VERSION = 1  # of what is computed: one more wherever features of the same examples change
 
 
 class KeptFeatures:
@@ -46,21 +53,37 @@ class KeptFeatures:
             read: Goes through the trunk. Shape (N, F), fp32.
             encoder: Hash of the encoder that is the trunk instead; the base's tokens are its texts.
 
-        Raises:
-            DiskError: If the disk does not take it.
+        A disk that does not take them is told in the log: they are read again another time.
         """
         path = self._folder / f"{_key(base, encoder, examples)}.safetensors"
         found = _load(path)
         if found is None or len(found) != len(examples):
             found = read()
-            kept = {_NAME: found.cpu().contiguous()}
-            replace_file(path, lambda new: save_file(kept, new))
+            _keep(path, found)
         return found if encoder else found.to(base.weights.positions.device)
+
+
+def _keep(path: Path, found: Tensor) -> None:
+    """Put features at ``path``, whole or not at all; other processes may do the same."""
+    new = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({_NAME: found.cpu().contiguous()}, new)
+        new.replace(path)
+    except (OSError, SafetensorError) as err:
+        log.warning("what the trunk says of pairs is not kept in %s: %s", path.parent, err)
+    finally:
+        with contextlib.suppress(OSError):
+            new.unlink()
 
 
 def _key(base: FrozenBase, encoder: str, examples: Sequence[Encoded]) -> str:
     where = (torch.__version__, torch.get_num_threads(), str(base.weights.positions.device))
-    said = (base.identity.sha256, base.precision, base.backend, encoder, *where)
+    weights = base.weights
+    held = (base.precision, base.backend, weights.heads, weights.epsilon, weights.gelu)
+    read = (base.identity.sha256, base.identity.tokenizer_sha256, encoder)
+    library = version("transformers") if encoder else ""
+    said = (_VERSION, *read, *held, library, *where)
     digest = hashlib.sha256("\n".join(map(str, said)).encode())
     for example in examples:
         tokens = example.tokens

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from edge_client.data.instructions import Example, kit_file
+from messaging.protocol import encoder_mark
 
 REFERENCE_FILE = "reference_responses.jsonl"
 PREFERENCE_ROWS = 12  # of each side of each objective
@@ -42,13 +43,11 @@ def load_reference() -> Reference:
 def scoring(trunk_precision: str, encoder_sha256: str | None = None) -> str:
     """Return what a device's record says of how it scores: what is the same on all of a run.
 
-    With an encoder, one hash is of it, of the trunk that critics read, and of the reference set.
+    That is the trunk's precision, the beginning of an encoder's hash where there is one, and the
+    reference set's.
     """
-    read = load_reference().sha256
-    if encoder_sha256 is None:
-        return f"{trunk_precision}:{read}"
-    words = f"{encoder_sha256} {trunk_precision} {read}"
-    return f"encoder:{hashlib.sha256(words.encode()).hexdigest()}"
+    encoder = "" if encoder_sha256 is None else f"+{encoder_mark(encoder_sha256)}"
+    return f"{trunk_precision}{encoder}:{load_reference().sha256}"
 
 
 def draw_reference(

@@ -77,8 +77,13 @@ def test_a_value_out_of_its_bounds_is_told_with_key_and_value(key: str, value: o
 
 
 def test_what_a_reward_model_may_share_is_told_with_the_choices() -> None:
-    said = refusal(reward_shares="all")
-    assert said == "options: reward_shares = 'all': Input should be 'head' or 'adapters'"
+    said = refusal(reward_shares="trunk")
+    assert said == "options: reward_shares = 'trunk': Input should be 'head', 'adapters' or 'all'"
+
+
+def test_whole_trunks_are_of_this_machine() -> None:
+    said = refusal(reward_shares="all", trunk_precision="fp32", engine="ray")
+    assert "give engine local, or reward_shares = 'adapters'" in said
 
 
 @pytest.mark.parametrize(
@@ -172,7 +177,7 @@ def test_how_a_run_is_done_may_change_when_it_is_resumed() -> None:
     check_same(stored(Experiment()), load_experiment(None, changed))
     check_same(stored(Experiment()), Experiment(broker="mqtt://127.0.0.1:1883"))
     check_same(stored(Experiment()), Experiment(engine="ray", address="10.0.0.1:6379"))
-    assert {*changed, "broker", "broker_port", "engine", "address"} == HOW
+    assert {*changed, "broker", "broker_port", "engine", "address", "features"} == HOW
 
 
 def test_a_file_that_is_no_toml_is_told(tmp_path: Path) -> None:

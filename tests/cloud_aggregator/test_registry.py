@@ -89,7 +89,7 @@ def test_only_the_newest_session_speaks(registry: Registry) -> None:
     ("changes", "code", "remedy"),
     [
         ({"binding": "0" * 64}, "base", "give it the run's model and placement"),
-        ({"layout": "0" * 64}, "layout", "compare method, stages, reward_shares and ad"),
+        ({"layout": "0" * 64}, "layout", "compare method, stages, reward_shares, rew"),
         ({"device": None}, "identity", "without a record"),
         ({"device": device("b")}, "identity", "record of the device that sends it"),
     ],
@@ -105,6 +105,28 @@ def test_a_device_on_something_else_is_refused_and_not_known(
     assert registry.devices == {}
     with pytest.raises(ProtocolError):
         registry.check_session("a", SESSION)
+
+
+@pytest.mark.parametrize(
+    ("run", "said", "taken"),
+    [
+        ("", "int8:ff", True),
+        ("", "int8+ab:ff", False),
+        ("ab", "int8+ab:ff", True),
+        ("ab", "int8+cd:ff", False),
+        ("ab", "int8:ff", False),
+        ("ab", "", True),  # it scores nothing
+    ],
+)
+def test_a_device_scores_by_the_encoder_of_the_run(run: str, said: str, taken: bool) -> None:
+    registry = Registry(binding=BINDING, layout=LAYOUT.sha256, encoder=run)
+    record = device("a").model_copy(update={"scoring": said})
+    if taken:
+        assert registry.greeted(hello(device=record))
+        return
+    with pytest.raises(ProtocolError, match="read another reward_trunk") as refusal:
+        registry.greeted(hello(device=record))
+    assert refusal.value.code == "layout"
 
 
 def test_a_refused_hello_takes_nothing_from_the_session_that_is_there(registry: Registry) -> None:
@@ -128,7 +150,10 @@ def test_a_device_that_scores_by_something_else_is_refused(words: str, registry:
     with pytest.raises(ProtocolError, match=f"'c' scores responses by '{words}' and the") as told:
         registry.greeted(scoring("c", words))
     assert told.value.code == "layout"
-    assert "another trunk precision, or another reference set; give it theirs" in told.value.reason
+    assert (
+        "another trunk precision, reward_trunk or reference set; give it theirs"
+        in told.value.reason
+    )
     assert registry.online == ["a", "b"]
     assert "c" not in registry.devices
 

@@ -14,6 +14,7 @@ from edge_client.preflight import (
     NotEnoughMemoryError,
     check_memory,
     client_memory,
+    encoder_memory,
     fleet_bytes,
     free_memory,
     reward_memory,
@@ -170,11 +171,18 @@ def test_learning_through_a_trunk_takes_no_more_than_a_usual_step_of_instruction
     assert reward_memory(SHAPE, max_length=1024, precision="fp32").kept > learning.kept
 
 
-def test_a_whole_trunk_takes_what_was_measured_at_gpt2_small() -> None:
-    predicted = whole_memory(SHAPE, 124_439_808, 2, max_length=256)
-    assert predicted == pytest.approx(8_643e6, rel=0.05)  # a process of its own, torch 2.13
-    one = whole_memory(SHAPE, 124_439_808, 1, max_length=256)
-    assert predicted - one == 4 * 4 * 124_439_808
+def test_a_whole_trunk_takes_many_copies_of_its_weights_and_twice_the_way_back() -> None:
+    weights = 124_439_808
+    one, two = (whole_memory(SHAPE, weights, n, max_length=256) for n in (1, 2))
+    assert two - one == 9 * 4 * weights
+    frozen = reward_memory(SHAPE, max_length=256, precision="fp32")
+    # the six of the reward model at hand, and what any process takes
+    assert one - 15 * 4 * weights > 2 * frozen.kept
+    assert one - 15 * 4 * weights < 3 * frozen.total - 2 * frozen.base
+
+
+def test_an_encoder_takes_what_was_measured_of_minilm() -> None:
+    assert encoder_memory(22_713_728, 384) == pytest.approx(480e6, rel=0.05)
 
 
 def test_text_is_never_longer_than_the_base_allows() -> None:

@@ -64,7 +64,7 @@ def test_heads_on_the_encoder_travel_and_score_and_critics_read_the_base(
     assert sent["reward"] == {2 * HEAD}
     assert run["rounds"][-1]["global"]["weighted_reward"] is not None
     for client in run["clients"]:
-        assert client["scoring"].startswith("encoder:")
+        assert client["scoring"].startswith(f"int8+{run['encoder']['sha256'][:24]}:")
         (state,) = (alone / "clients" / client["id"]).glob("state-000004.safetensors")
         critics = {n: t.shape for n, t in load_file(state).items() if n.endswith("inner.weight")}
         assert critics

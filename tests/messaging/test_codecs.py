@@ -328,7 +328,8 @@ def test_tensors_that_share_bytes_are_refused() -> None:
     table = json.loads(blob[8 : 8 + length])
     table["packed"]["data_offsets"] = [0, LAYOUT.size]
     table["scales"]["data_offsets"] = [0, 4 * LAYOUT.scales]
-    assert refusal(raw(json.dumps(table).encode(), blob[8 + length :])) == "format"
+    data = blob[8 + length :][: max(LAYOUT.size, 4 * LAYOUT.scales)]  # as much as they say
+    assert refusal(raw(json.dumps(table).encode(), data)) == "format"
 
 
 def test_a_view_of_a_file_is_read_without_a_copy() -> None:

@@ -34,11 +34,14 @@ def test_it_is_known_by_its_width_its_weights_and_its_tokenizer(
     assert other is not None
     assert words is not None
     assert again.sha256 == found.sha256 == words.sha256 != other.sha256
-    tokenizer = tmp_path / "words" / "tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text() + " ")
-    changed = identify_encoder(str(tmp_path / "words"))
-    assert changed is not None
-    assert changed.sha256 != found.sha256
+    for name in ("tokenizer.json", "config.json", "tokenizer_config.json"):
+        path = tmp_path / "words" / name
+        before = path.read_text()
+        path.write_text(before + " ")
+        changed = identify_encoder(str(tmp_path / "words"))
+        assert changed is not None
+        assert changed.sha256 != found.sha256
+        path.write_text(before)
 
 
 def test_distilbert_says_its_width_by_another_name(tmp_path: Path) -> None:

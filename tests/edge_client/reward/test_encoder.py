@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,16 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_encoder(tmp_path_factory.mktemp("encoders") / "bert")
+
+
+def test_which_side_its_tokenizer_pads_on_does_not_matter(folder: Path, tmp_path: Path) -> None:
+    left = tmp_path / "left"
+    shutil.copytree(folder, left)
+    path = left / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "left"}))
+    assert torch.equal(
+        Encoder(str(left)).response_features(TEXTS), Encoder(str(folder)).response_features(TEXTS)
+    )
 
 
 def test_features_are_first_token_mean_of_the_response_and_its_length(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -106,8 +107,30 @@ def test_a_trunk_with_adapters_is_always_read(
     assert not list(tmp_path.iterdir())
 
 
-def test_features_come_to_where_the_base_is(base: FrozenBase, tmp_path: Path) -> None:
-    kept = KeptFeatures(tmp_path)
-    found = kept.of(base, EXAMPLES, lambda: torch.ones(2, 3))
-    assert found.device == base.weights.positions.device
-    assert not kept.of(base, EXAMPLES, lambda: torch.zeros(2, 3)).eq(0).any()
+def test_two_processes_may_keep_the_same_at_once(base: FrozenBase, tmp_path: Path) -> None:
+    kept = [KeptFeatures(tmp_path), KeptFeatures(tmp_path)]
+
+    def slower() -> torch.Tensor:
+        return kept[1].of(base, EXAMPLES, lambda: torch.ones(2, 3))
+
+    assert kept[0].of(base, EXAMPLES, slower).eq(1).all()
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_a_disk_that_takes_nothing_is_told_and_costs_no_more(
+    base: FrozenBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    judging = Judging(base, kept=tmp_path / "file" / "below")
+    assert torch.equal(read(judging, EXAMPLES), read(Judging(base), EXAMPLES))
+    assert "is not kept in" in caplog.text
+
+
+def test_another_head_count_is_read_for_itself(base: FrozenBase, tmp_path: Path) -> None:
+    """The checkpoint's weights are the same; what is computed with them is not."""
+    read(Judging(base, kept=tmp_path), EXAMPLES)
+    other = replace(base, weights=replace(base.weights, heads=base.weights.heads * 2))
+    assert torch.equal(
+        read(Judging(other, kept=tmp_path), EXAMPLES), read(Judging(other), EXAMPLES)
+    )
+    assert len(list(tmp_path.iterdir())) == 2

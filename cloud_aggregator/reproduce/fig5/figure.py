@@ -24,8 +24,8 @@ def draw(experiments: Sequence[Gathered], *, quick: bool) -> Figure:
     with rc_context(STYLE):
         rows = len(experiments)
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
-        figure = Figure(figsize=(12, 0.7 + 3.1 * rows), layout=layout, facecolor="white")
-        grid = figure.subplots(rows, 3, squeeze=False, width_ratios=(1.4, 1, 1))
+        figure = Figure(figsize=(13.5, 0.7 + 3.1 * rows), layout=layout, facecolor="white")
+        grid = figure.subplots(rows, 3, squeeze=False, width_ratios=(1.3, 1, 1))
         for axes, gathered in zip(grid, experiments, strict=True):
             _rewards(axes[0], gathered)
             _costs(axes[1], gathered, "uplink energy a round", lambda run: run.uplink_joules)

@@ -67,6 +67,11 @@ def command() -> None:
 def main() -> None:
     """Run the command and exit with its code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if sys.argv[1:2] == ["emulate"]:
+        # half a second before the command itself is imported: what workers are made of takes long
+        from cloud_aggregator.emulation.nursery import prepare
+
+        prepare(sys.argv[2:])
     try:
         code = command.main(standalone_mode=False)
     except click.ClickException as err:

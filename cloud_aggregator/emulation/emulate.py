@@ -14,7 +14,7 @@ import psutil
 
 from cloud_aggregator.emulation.airtime import airtime_lines
 from cloud_aggregator.emulation.broker_watch import watch_broker
-from cloud_aggregator.emulation.nursery import Nursery
+from cloud_aggregator.emulation.nursery import dismiss, take
 from cloud_aggregator.emulation.plan import (
     check_plan_memory,
     plan_run,
@@ -81,7 +81,9 @@ def emulate(
     with contextlib.ExitStack() as stack:
         nursery = None
         if experiment.engine == "local" and experiment.transport == "mqtt":
-            nursery = stack.enter_context(Nursery())  # it is ready when the run is planned
+            nursery = stack.enter_context(take())  # it is ready when the run is planned
+        else:
+            dismiss()
         planned = plan_run(experiment, folder)
         check_plan_memory(planned)
         record = run_record(planned, resume=resume)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 #: Told the exit code of a worker that ended; none where the nursery itself did.
@@ -113,3 +113,32 @@ class Nursery:
         self._pids.clear()
         while self._ended:
             self._ended.popitem()[1](None)
+
+
+_early: list[Nursery] = []
+_NEEDS_NONE = frozenset(
+    {"-h", "--help", "--list", "memory", "--transport=memory", "ray", "--engine=ray"}
+)
+
+
+def prepare(arguments: Sequence[str]) -> None:
+    """Start a nursery now, before anything of the command is imported, if it may want one.
+
+    It ends with this process, whatever comes of the command.
+
+    Args:
+        arguments: Of ``pwff emulate``.
+    """
+    if not _early and _NEEDS_NONE.isdisjoint(arguments):
+        _early.append(Nursery())
+
+
+def take() -> Nursery:
+    """Return the nursery that was started early, or one that is started now."""
+    return _early.pop() if _early else Nursery()
+
+
+def dismiss() -> None:
+    """Make a nursery leave that was started early and is not needed."""
+    while _early:
+        _early.pop().close()

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from cloud_aggregator.emulation import nursery as nursery_module
 from cloud_aggregator.emulation.fleet import WorkerSpec
-from cloud_aggregator.emulation.nursery import Nursery
+from cloud_aggregator.emulation.nursery import Nursery, dismiss, prepare, take
 from cloud_aggregator.emulation.pool import WorkerPool
 from cloud_aggregator.errors import RunFailedError
 from device_profiles.errors import InputError
@@ -120,3 +122,34 @@ def test_a_nursery_that_cannot_begin_says_why(
         failure = failures.get(timeout=LIMIT)
         pool.close()
     assert str(failure) == "the process that starts workers: no torch"
+
+
+def test_a_nursery_that_was_started_early_is_the_one_that_is_taken() -> None:
+    prepare(["--clients", "4"])
+    prepare(["--clients", "4"])  # not a second one
+    (early,) = nursery_module._early
+    with take() as taken:
+        assert taken is early
+        with take() as other:
+            assert other is not early
+    prepare(["--clients", "4"])
+    (pid,) = nursery_module._early[0].pids
+    dismiss()
+    assert not psutil.pid_exists(pid)
+    dismiss()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["-h"],
+        ["--list"],
+        ["--transport", "memory"],
+        ["--engine=ray"],
+        ["--engine", "ray"],
+    ],
+)
+def test_a_command_that_wants_no_workers_starts_none(arguments: list[str]) -> None:
+    prepare(arguments)
+    assert not nursery_module._early

@@ -179,6 +179,9 @@ def child(engine: str, job: Job, out: Path) -> None:
     from safetensors.numpy import save_file
 
     if engine == "emulate":
+        from cloud_aggregator.emulation.nursery import prepare
+
+        prepare([])  # as the command does before it imports anything else
         from fleets.loops import run_emulation
 
         times, adapters, loss = run_emulation(job)

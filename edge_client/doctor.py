@@ -49,6 +49,7 @@ PACKAGES: dict[str, dict[str, str]] = {
         "sqlalchemy": ">=2.0.30",
         **({"tomli": ">=2.0"} if sys.version_info < (3, 11) else {}),
         "tomli-w": ">=1.0",
+        "zlib-ng": ">=0.5",
     },
     "edge": {
         "torch": ">=2.4",

@@ -62,8 +62,22 @@ def png(figure: Figure) -> bytes:
 def _saved(figure: Figure, **how: Any) -> bytes:
     written = BytesIO()
     with rc_context(STYLE):
+        if figure.get_layout_engine() is not None:
+            _settle(figure)
         figure.savefig(written, **how)
     return written.getvalue()
+
+
+def _settle(figure: Figure) -> None:
+    """Lay a figure out once, in round numbers: the solver's last digits are its own each time."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        left, bottom, width, height = (round(edge, 4) for edge in axes.get_position().bounds)
+        axes.set_position((left, bottom, width, height))
+    for text in figure.texts:
+        x, y = text.get_position()
+        text.set_position((round(x, 4), round(y, 4)))
 
 
 def _learning(axes: Axes, gathered: Gathered) -> None:

@@ -251,15 +251,16 @@ def bomb(shape: list[int]) -> bytes:
         ("shape", update_with(packed=np.ones((1, LAYOUT.size), np.float32))),
         ("dtype", update_with(packed=np.ones(LAYOUT.size, np.float64))),
         ("finite", update_with(packed=np.full(LAYOUT.size, np.nan, np.float32))),
-        ("format", bomb([2**40])),
-        ("format", bomb([2**32, 2**32, 2**32])),
+        ("shape", bomb([2**40])),
+        ("shape", bomb([2**32, 2**32, 2**32])),
+        ("format", bomb([LAYOUT.size])),
         ("format", struct.pack("<Q", 2**63) + b"{}"),
         ("identity", blob_of("b", 1.0)),
         ("size", update_with(packed=np.zeros(2**20, np.float32))),
     ],
     ids=[
         "lora-layout", "lora-beside", "lora-instead", "shape", "dtype", "nan", "shape-bomb",
-        "shape-overflow", "header-bomb", "another-sender", "too-large",
+        "shape-overflow", "too-few-bytes", "header-bomb", "another-sender", "too-large",
     ],
 )  # fmt: skip
 def test_what_is_no_update_of_this_run_is_refused_and_left_out(

@@ -35,11 +35,6 @@ class EncoderIdentity:
     width: int
     parameters: int
 
-    @property
-    def bytes(self) -> int:
-        """Size in fp32."""
-        return 4 * self.parameters
-
 
 def identify_encoder(name: str) -> EncoderIdentity | None:
     """Return the identity of an encoder; none of ``base``.

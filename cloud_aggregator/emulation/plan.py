@@ -101,9 +101,26 @@ def check_plan_memory(planned: Planned) -> None:
     Raises:
         NotEnoughMemoryError: If the workers would take more than is free.
     """
-    experiment, fleet, workers = planned.experiment, planned.fleet, planned.workers
     if planned.identity.shape.family != GPT2:
         return  # what the library's step takes is not modelled
+    whole = planned.experiment.reward_shares == "all"
+    check_memory(
+        _needed(planned),
+        free_memory(),
+        what=f"{planned.workers} worker(s) on {planned.identity.name}",
+        remedies=[
+            "give --workers 1",
+            *(["--reward-shares adapters or head"] if whole else []),
+            *(["--reward-trunk base"] if planned.encoder is not None else []),
+            "--precision int8 or nf4",
+            "a smaller --batch-size or --max-length",
+        ],
+    )
+
+
+def _needed(planned: Planned) -> int:
+    """Return what the workers take at their peak, bytes; of whole trunks, the aggregator too."""
+    experiment, fleet, workers = planned.experiment, planned.fleet, planned.workers
     shape = step_shape(
         planned.identity,
         look_through(planned.identity).heads,
@@ -145,18 +162,7 @@ def check_plan_memory(planned: Planned) -> None:
         needed += _CLOUD_BYTES * fleet.layouts["reward"].size
     if planned.encoder is not None:
         needed += workers * encoder_memory(planned.encoder.parameters, planned.encoder.width)
-    check_memory(
-        needed,
-        free_memory(),
-        what=f"{workers} worker(s) on {planned.identity.name}",
-        remedies=[
-            "give --workers 1",
-            *(["--reward-shares adapters or head"] if experiment.reward_shares == "all" else []),
-            *(["--reward-trunk base"] if planned.encoder is not None else []),
-            "--precision int8 or nf4",
-            "a smaller --batch-size or --max-length",
-        ],
-    )
+    return needed
 
 
 def _check_unchanged(record: RunRecord, planned: Planned) -> None:

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from device_profiles.modules import base_tensors
 from edge_client.data.prompts import Encoded
-from edge_client.peft.flat_state import joined, named
+from edge_client.peft.flat_state import FlatState, joined, named
 from edge_client.quiet import import_quietly
 from messaging.layout import Tensors
 from quantization.base_model import load_base
@@ -37,16 +36,12 @@ class WholeTrunk:
     def __init__(self, base: FrozenBase) -> None:
         self.device = torch.device("cpu")
         self._base = base
-        self._shapes = {t.name: t.shape for t in base_tensors(base.identity.shape)}
-        sizes = [int(np.prod(shape)) for shape in self._shapes.values()]
-        self._flat = nn.Parameter(torch.zeros(sum(sizes)))
-        self._views = {
-            name: part.view(shape)
-            for (name, shape), part in zip(
-                self._shapes.items(), torch.split(self._flat.data, sizes), strict=True
-            )
-        }
-        self._sizes = sizes
+        self._state = FlatState(
+            base_tensors(base.identity.shape), torch.float32, torch.device("cpu")
+        )
+        self._flat = nn.Parameter(self._state.values)
+        self._flat.grad = self._state.gradient
+        self._views = {n: v for n, (v, _) in self._state.views(len(self._state.shapes)).items()}
 
     def put(self, tensors: Tensors) -> None:
         """See ``LearningTrunk``."""
@@ -67,10 +62,10 @@ class WholeTrunk:
 
     def forward(self, examples: Sequence[Encoded]) -> tuple[Tensor, Backward]:
         """See ``LearningTrunk``."""
-        changes = torch.split(self._flat, self._sizes)
+        changes = torch.split(self._flat, [s.size for s in self._state.shapes])
         weights = {
-            name: self._weights[name] + change.view(shape)
-            for (name, shape), change in zip(self._shapes.items(), changes, strict=True)
+            s.name: self._weights[s.name] + change.view(s.shape)
+            for s, change in zip(self._state.shapes, changes, strict=True)
         }
         found = torch.func.functional_call(self._model, weights, (_padded(examples),))
         states = found.last_hidden_state  # (B, T, D)
@@ -83,7 +78,7 @@ class WholeTrunk:
 
         def back(gradient: Tensor, add: bool) -> None:
             if not add:
-                self._flat.grad = None
+                self._state.gradient.zero_()
             hidden.backward(gradient)  # type: ignore[no-untyped-call]
 
         return hidden.detach(), back

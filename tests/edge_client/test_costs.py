@@ -198,18 +198,23 @@ def test_without_a_priced_shape_a_step_is_the_bases_own() -> None:
     assert cost.seconds == pytest.approx(64 * per_token / compute.flops, rel=1e-12)
 
 
-def test_what_an_encoder_reads_is_priced_with_its_own_weights() -> None:
-    costs = CostModel(
+def of_rewards(shape: ModuleShape, encoder_parameters: int = 0) -> CostModel:
+    """Return the costs of a device that learns reward models, priced at GPT-2 small."""
+    return CostModel(
         method=METHODS["pwff"],
-        modules=modules(),
+        modules=shape,
         parameters=3_000_000,
-        lora_count=12,
+        lora_count=36,
         priced=cost_basis("gpt2-small", MINI, 96),
         profile=find_profile("raspberry-pi-5-8gb"),
         link=PAPER_LINK,
         chunk_bytes=CHUNK_BYTES,
-        encoder_parameters=22_000_000,
+        encoder_parameters=encoder_parameters,
     )
+
+
+def test_what_an_encoder_reads_is_priced_with_its_own_weights() -> None:
+    costs = of_rewards(modules(), encoder_parameters=22_000_000)
     rate = find_profile("raspberry-pi-5-8gb").compute.flops
     cost = costs.compute(0, 0, 10, 30, stage="reward")
     assert cost.seconds == pytest.approx(2 * (10 * WEIGHTS + 30 * 22_000_000) / rate)
@@ -226,18 +231,9 @@ def test_a_method_that_trains_one_kind_is_charged_with_that_alone() -> None:
 # -- the way down ---------------------------------------------------------------------------------
 
 
-def with_adapters(method: str = "pwff") -> CostModel:
+def with_adapters() -> CostModel:
     """Return the costs of a device whose reward models have adapters, priced at GPT-2 small."""
-    return CostModel(
-        method=METHODS[method],
-        modules=replace(modules(), reward_shares="adapters"),
-        parameters=3_000_000,
-        lora_count=36,
-        priced=cost_basis("gpt2-small", MINI, 96),
-        profile=find_profile("raspberry-pi-5-8gb"),
-        link=PAPER_LINK,
-        chunk_bytes=CHUNK_BYTES,
-    )
+    return of_rewards(replace(modules(), reward_shares="adapters"))
 
 
 def test_a_step_through_a_reward_models_trunk_is_priced_with_what_trains_there() -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from cloud_aggregator.experiment import Experiment, load_experiment
+
+Made = Callable[..., Experiment]
 
 #: Of an experiment; stages are one round, two and one.
 SMALL: dict[str, Any] = {
@@ -34,3 +39,14 @@ def write_data(folder: Path) -> dict[str, str]:
         ]
         files[name] = write(name, rows)
     return files
+
+
+def maker(folder: Path, **settings: Any) -> Made:
+    """Return what makes small experiments on data that it writes below a folder.
+
+    Args:
+        folder: Of the data.
+        settings: Of all of them, in place of the small ones.
+    """
+    files = write_data(folder)
+    return lambda **how: load_experiment(None, {**files, **SMALL, **settings, **how})

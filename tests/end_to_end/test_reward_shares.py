@@ -6,7 +6,6 @@ adapters of size 4 hold 36 * (2*16*4 + 16 + 4).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from cloud_aggregator.emulation.emulate import emulate
-from cloud_aggregator.experiment import Experiment, load_experiment
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.server import Aggregator
 from device_profiles.config_files import read_toml
@@ -23,23 +21,16 @@ from device_profiles.modules import base_tensors
 from messaging.broker import embedded_kind
 from quantization.identity import identify
 from tests.end_to_end.conftest import comparable, read_run
-from tests.end_to_end.rewards import SMALL, STAGES, write_data
+from tests.end_to_end.rewards import STAGES, Made, maker
 
 HEAD, ADAPTERS = 64 * 33 + 2 * 64 + 1, 36 * 148
-
-Made = Callable[..., Experiment]
 
 
 @pytest.fixture(scope="module")
 def made(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Return what makes the experiment of two clients with a few rows and pairs of their own."""
-    files = write_data(tmp_path_factory.mktemp("data"))
-
-    def make(**how: Any) -> Experiment:
-        settings = {**SMALL, "model": str(tiny_checkpoint), "reward_shares": "adapters"}
-        return load_experiment(None, {**files, **settings, **how})
-
-    return make
+    folder = tmp_path_factory.mktemp("data")
+    return maker(folder, model=str(tiny_checkpoint), reward_shares="adapters")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ On a base of twelve blocks of width 16 and an encoder of width 8, whose head hol
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from cloud_aggregator.emulation.emulate import emulate
-from cloud_aggregator.experiment import Experiment, load_experiment
 from cloud_aggregator.server import Aggregator
 from device_profiles.errors import InputError
 from messaging.broker import embedded_kind
 from quantization.errors import BaseModelError
 from tests.edge_client.reward.encoders import write_encoder
 from tests.end_to_end.conftest import comparable, read_run
-from tests.end_to_end.rewards import SMALL, STAGES, write_data
+from tests.end_to_end.rewards import STAGES, Made, maker
 
 HEAD = 64 * 17 + 2 * 64 + 1
-
-Made = Callable[..., Experiment]
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +33,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(tiny_checkpoint: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Return what makes the experiment of two clients with a few rows and pairs of their own."""
-    files = write_data(tmp_path_factory.mktemp("data"))
-
-    def make(**how: Any) -> Experiment:
-        settings = {**SMALL, "model": str(tiny_checkpoint), "reward_trunk": str(encoder)}
-        return load_experiment(None, {**files, **settings, **how})
-
-    return make
+    folder = tmp_path_factory.mktemp("data")
+    return maker(folder, model=str(tiny_checkpoint), reward_trunk=str(encoder))
 
 
 @pytest.fixture(scope="module")

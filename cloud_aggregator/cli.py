@@ -103,7 +103,9 @@ def _list_experiments(ctx: click.Context, _option: click.Parameter, wanted: bool
 @click.option("--margin", type=float, metavar="X", help="Of the Bradley-Terry loss (0).")
 @click.option("--algorithm", metavar="NAME", help="Of alignment: ppo, rloo or dpo (ppo).")
 @click.option("--rollouts", type=int, metavar="N", help="Responses a step of alignment (16).")
-@click.option("--alignment-learning-rate", type=float, metavar="X", help="Of AdamW (0.0003).")
+@click.option(
+    "--alignment-learning-rate", type=float, metavar="X", help="Of AdamW (0.0003; rloo: 0.001)."
+)
 @click.option("--max-new-tokens", type=int, metavar="N", help="Of a response (48).")
 @click.option("--temperature", type=float, metavar="X", help="Of rollouts (0.7).")
 @click.option("--kl-coefficient", type=float, metavar="X", help="Cost of a nat at first (0.15).")

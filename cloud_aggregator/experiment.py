@@ -14,7 +14,7 @@ from cloud_aggregator.counting import CountingKeys, check_counting
 from cloud_aggregator.methods import METHODS, find_method
 from cloud_aggregator.restraint import RestraintSettings, check_restraint
 from cloud_aggregator.rounds import RoundRules
-from cloud_aggregator.stages import check_room
+from cloud_aggregator.stages import LEARNING_RATES, check_room
 from device_profiles.config_files import check, choose, read_toml
 from device_profiles.errors import InputError
 from device_profiles.link import PAPER_LINK, Link, profile_link
@@ -25,7 +25,7 @@ from device_profiles.reward_heads import BASE_TRUNK, check_trunk
 from device_profiles.stages import STAGES, parse_stages
 from messaging.chunks import CHUNK_BYTES, ChunkBytes
 from messaging.mqtt import parse_address
-from messaging.protocol import AlignmentSettings, Codec, Stage
+from messaging.protocol import Algorithm, AlignmentSettings, Codec, Stage
 
 _MOST = 1_000_000
 Positive = Annotated[int, Field(ge=1, le=_MOST)]
@@ -44,6 +44,11 @@ def _counts(value: object) -> object:
             f"give a whole number from 1 to {_MOST}, or one for each stage, separated by commas"
         )
     return value
+
+
+def _alignment_rate(given: dict[str, Any]) -> float:
+    """Return the learning rate of an algorithm; of one that is none, any: it is refused."""
+    return LEARNING_RATES.get(given.get("algorithm", "ppo"), 0.0)
 
 
 #: One number for every stage, or one a stage.
@@ -105,7 +110,7 @@ class Experiment(CountingKeys):
         margin: By which the Bradley-Terry loss wants a chosen response to score higher.
         algorithm: Of alignment: ``ppo``, or the ablations ``rloo`` and ``dpo``.
         rollouts: Prompts that a step of alignment answers.
-        alignment_learning_rate: Of its AdamW.
+        alignment_learning_rate: Of its AdamW; by default 0.0003, of ``rloo`` 0.001.
         max_new_tokens: And the four after it: see ``messaging.protocol.AlignmentSettings``.
         reward_drop: Fall of the mean weighted reward below its beginning at which a round of
             alignment is taken back.
@@ -163,9 +168,9 @@ class Experiment(CountingKeys):
     reward_batch_size: Positive = 32
     reward_learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
     margin: Annotated[float, Field(ge=0, le=100)] = 0.0
-    algorithm: Literal["ppo", "rloo", "dpo"] = "ppo"
+    algorithm: Algorithm = "ppo"
     rollouts: Annotated[int, Field(ge=1, le=4096)] = 16
-    alignment_learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
+    alignment_learning_rate: float = Field(gt=0, le=1, default_factory=_alignment_rate)
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 48
     temperature: Annotated[float, Field(gt=0, le=10)] = 0.7
     kl_coefficient: Annotated[float, Field(ge=0, le=100)] = 0.15

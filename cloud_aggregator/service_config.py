@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ from cloud_aggregator.health import parse_address
 from cloud_aggregator.methods import METHODS, find_method
 from cloud_aggregator.restraint import RestraintSettings, check_restraint
 from cloud_aggregator.rounds import RoundRules
-from cloud_aggregator.stages import check_room
+from cloud_aggregator.stages import LEARNING_RATES, check_room
 from device_profiles.config_files import Config, choose, load
 from device_profiles.errors import InputError
 from device_profiles.methods import RewardShares
@@ -40,20 +40,25 @@ class RewardSection(Config):
     margin: Annotated[float, Field(ge=0, le=100)] = 0.0
 
 
+def _alignment_rate(given: dict[str, Any]) -> float:
+    return LEARNING_RATES[given["settings"].algorithm]
+
+
 class AlignmentSection(Config):
     """Alignment: rounds at most, and what a device does in one (batches of rollouts).
 
     Attributes:
         settings: See ``messaging.protocol.AlignmentSettings``.
+        learning_rate: By default what suits the algorithm.
         reward_drop: Fall of the mean weighted reward below its beginning at which a round is taken
             back.
     """
 
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 4
     local_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 2
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-4
-    reward_drop: Annotated[float, Field(gt=0)] = 2.0
     settings: AlignmentSettings = AlignmentSettings()
+    learning_rate: float = Field(gt=0, le=1, default_factory=_alignment_rate)
+    reward_drop: Annotated[float, Field(gt=0)] = 2.0
 
 
 class Service(CountingKeys):

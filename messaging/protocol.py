@@ -51,6 +51,7 @@ Stage = Literal["instruction", "reward", "alignment"]
 Objective = Literal["helpfulness", "harmlessness"]
 Precision = Literal["fp32", "bf16", "int8", "int8-dynamic", "nf4"]
 Codec = Literal["fp32", "fp16", "int8", "int4"]
+Algorithm = Literal["ppo", "rloo", "dpo"]  # of alignment
 Part = Literal["training", "generation", "evaluation", "codec", "disk"]
 Outcome = Literal["aggregated", "late", "lost", "rejected", "skipped", "none"]
 
@@ -220,7 +221,7 @@ class AlignmentSettings(Record):
         held_out_prompts: Answered at most when results are measured.
     """
 
-    algorithm: Literal["ppo", "rloo", "dpo"] = "ppo"
+    algorithm: Algorithm = "ppo"
     rollouts: Annotated[int, Field(ge=1, le=4096)] = 16
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 48
     temperature: Annotated[float, Field(gt=0, le=10)] = 0.7

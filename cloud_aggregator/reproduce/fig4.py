@@ -90,8 +90,9 @@ class PlannedRun:
     @property
     def words(self) -> str:
         """What a person calls it."""
-        where = " and ".join(self.serves)
-        return f"{self.experiment.method}, seed {self.experiment.seed}, {where}"
+        where, algorithm = " and ".join(self.serves), self.experiment.algorithm
+        how = "" if algorithm == "ppo" else f" by {algorithm}"
+        return f"{self.experiment.method}{how}, seed {self.experiment.seed}, {where}"
 
 
 def plan(settings: Settings, width: int, how: dict[str, Any] | None = None) -> list[PlannedRun]:

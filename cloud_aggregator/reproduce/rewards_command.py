@@ -17,6 +17,7 @@ from cloud_aggregator.reproduce import folder, runner
 from cloud_aggregator.reproduce.fig4 import EXPERIMENTS, PlannedRun, names_of, seeds_of
 from cloud_aggregator.reproduce.fig5 import document
 from cloud_aggregator.reproduce.fig5.plan import (
+    ABLATIONS,
     FIG5,
     METHODS_OF_FIG5,
     RewardComparison,
@@ -30,6 +31,7 @@ from device_profiles.errors import InputError
 Command = TypeVar("Command", bound=Callable[..., Any])
 Halved = TypeVar("Halved", bound=RewardComparison)
 
+_METHODS = f"Of {', '.join(METHODS_OF_FIG5)} (all), {', '.join(ABLATIONS)}."
 _OPTIONS = (
     click.option("--out", type=click.Path(path_type=Path), help="Folder of it all (runs/NAME)."),
     click.option("--seeds", metavar="N,N,N", help="Every run at each (0,1,2)."),
@@ -63,7 +65,7 @@ def reward_options(command: Command) -> Command:
 @click.command()
 @reward_options
 @click.option("--experiments", metavar="NAMES", help=f"Of {', '.join(EXPERIMENTS)} (both).")
-@click.option("--methods", metavar="NAMES", help=f"Of {', '.join(METHODS_OF_FIG5)} (all).")
+@click.option("--methods", metavar="NAMES", help=_METHODS)
 def fig5(
     *,
     out: Path | None,
@@ -85,7 +87,7 @@ def fig5(
     given = given_options(options)
     for option, kind, known in (
         ("experiments", "experiment", EXPERIMENTS),
-        ("methods", "method", METHODS_OF_FIG5),
+        ("methods", "method", (*METHODS_OF_FIG5, *ABLATIONS)),
     ):
         if option in given:
             given[option] = names_of(f"--{option}", kind, given[option], known)

@@ -9,8 +9,11 @@ import pytest
 
 from cloud_aggregator.experiment import HOW, Experiment, check_same, load_experiment, stored
 from cloud_aggregator.run_folder import RunFolder
+from cloud_aggregator.service_config import AlignmentSection
 from device_profiles.config_files import read_toml
 from device_profiles.errors import InputError
+from edge_client.alignment.settings import DpoSettings, PpoSettings, RlooSettings
+from messaging.protocol import AlignmentSettings
 
 
 def write(folder: Path, text: str) -> Path:
@@ -33,6 +36,18 @@ def test_options_go_before_the_file_and_the_file_before_the_defaults(tmp_path: P
     path = write(tmp_path, "clients = 4\nrounds = 5\n")
     chosen = load_experiment(path, {"rounds": "7"})
     assert (chosen.clients, chosen.rounds, chosen.local_steps) == (4, 7, Experiment().local_steps)
+
+
+def test_each_algorithm_of_alignment_has_its_own_learning_rate_but_where_one_is_given() -> None:
+    own = {"ppo": PpoSettings(), "rloo": RlooSettings(), "dpo": DpoSettings()}
+    for name, settings in own.items():
+        section = AlignmentSection(settings=AlignmentSettings.model_validate({"algorithm": name}))
+        found = load_experiment(None, {"algorithm": name}).alignment_learning_rate
+        assert found == section.learning_rate == settings.learning_rate
+    given = load_experiment(None, {"algorithm": "rloo", "alignment_learning_rate": 2e-4})
+    assert given.alignment_learning_rate == 2e-4
+    with pytest.raises(InputError, match="algorithm = 'reinforce'"):
+        load_experiment(None, {"algorithm": "reinforce"})
 
 
 def test_an_unknown_key_is_told_with_file_and_nearest(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from cloud_aggregator.reports.canvas import colour
 from cloud_aggregator.reproduce.fig5.gather import Gathered, RewardRun
-from cloud_aggregator.reproduce.fig5.plan import METHODS_OF_FIG5
+from cloud_aggregator.reproduce.fig5.plan import ABLATIONS, METHODS_OF_FIG5
 from cloud_aggregator.reproduce.figure import STYLE, band, bars, name_lines, quieten
 from cloud_aggregator.reproduce.words import NO_EVIDENCE, counted
 
-_SHADES = dict(zip(METHODS_OF_FIG5, ("c1", "c2", "c3", "other", "c4"), strict=True))
+_ORDER = (*METHODS_OF_FIG5, *ABLATIONS)
+_SHADES = dict(zip(_ORDER, ("c1", "c2", "c3", "other", "c4", "c7", "c8"), strict=True))
 
 
 def draw(experiments: Sequence[Gathered], *, quick: bool) -> Figure:
@@ -46,7 +47,7 @@ def _rewards(axes: Axes, gathered: Gathered) -> None:
         (len(run.points) for by_seed in gathered.runs.values() for run in by_seed.values()),
         default=1,
     )
-    for method in METHODS_OF_FIG5:
+    for method in _ORDER:
         runs = [*gathered.runs.get(method, {}).values()]
         if runs:
             level = not any(run.aligned for run in runs)
@@ -61,7 +62,7 @@ def _rewards(axes: Axes, gathered: Gathered) -> None:
 def _costs(axes: Axes, gathered: Gathered, title: str, of: Callable[[RewardRun], float]) -> None:
     means = {
         method: fmean(of(run) for run in gathered.runs[method].values())
-        for method in METHODS_OF_FIG5
+        for method in _ORDER
         if gathered.runs.get(method)
     }
     bars(axes, means, _SHADES, title=title, quantity=f"{title}, J", source=gathered.priced)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cloud_aggregator.records import ClientRound, RunRecord
 from cloud_aggregator.reproduce.fig4 import PlannedRun, learning_rank, priced_rank
-from cloud_aggregator.reproduce.fig5.plan import Settings
+from cloud_aggregator.reproduce.fig5.plan import Settings, method_of
 from cloud_aggregator.reproduce.folder import rounds_left
 from cloud_aggregator.reproduce.judge_records import (
     JudgedClient,
@@ -144,18 +144,20 @@ def gather(
         why = what_lacks(run, records.get(run.name))
         said = judged_run(out, run)
         if why or said is None:
-            name = f"{run.experiment.method}, seed {run.experiment.seed}"
+            name = f"{method_of(run.experiment)}, seed {run.experiment.seed}"
             missing[run.name] = f"{name}: {why or 'not judged'}"
         else:
-            found[run.name] = reward_run(records[run.name], said)
+            of_it = reward_run(records[run.name], said)
+            found[run.name] = replace(of_it, method=method_of(run.experiment))
     gathered = []
     for name in settings.experiments:
         mine = [run for run in runs if name in run.serves]
         by_method: dict[str, dict[int, RewardRun]] = {}
         for method in settings.methods:
-            own = [found[r.name] for r in mine if r.experiment.method == method and r.name in found]
-            if own:
-                by_method[method] = {each.seed: each for each in own}
+            own = [found[r.name] for r in mine if r.name in found]
+            by_seed = {each.seed: each for each in own if each.method == method}
+            if by_seed:
+                by_method[method] = by_seed
         rank = priced_rank(name)
         gathered.append(
             Gathered(

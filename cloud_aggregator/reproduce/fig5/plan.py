@@ -25,9 +25,17 @@ from device_profiles.config_files import choose
 from device_profiles.errors import InputError
 from device_profiles.methods import Objective
 from device_profiles.stages import STAGES
+from messaging.protocol import Algorithm
 
 #: In the order of tables and figure.
 METHODS_OF_FIG5 = (OURS, "sfl", "pfl", "shepherd", "shepherd-aligned")
+
+
+#: PWFF aligned by another algorithm, after the same first stages: not of the paper, done where
+#: they are named.
+ABLATIONS: dict[str, Algorithm] = {"pwff-rloo": "rloo", "pwff-dpo": "dpo"}
+#: Updates of PPO in a step of responses (four epochs of four parts), and so DPO's for each of them.
+PPO_UPDATES = 16
 
 #: One number a stage: instruction, reward, alignment.
 PerStage = tuple[Positive, Positive, Positive]
@@ -71,7 +79,7 @@ class Settings(RewardSettings):
 
     Attributes:
         experiments: Names in ``EXPERIMENTS``.
-        methods: Names in ``METHODS_OF_FIG5``.
+        methods: Names in ``METHODS_OF_FIG5`` and ``ABLATIONS``.
     """
 
     experiments: tuple[str, ...] = EXPERIMENTS
@@ -142,7 +150,7 @@ def experiment_of(
 
     Args:
         name: Of the experiment.
-        method: Row of the methods table.
+        method: Row of the methods table, or an ablation.
         seed: Of the run.
         settings: Of the reproduction.
         width: Of the base that learns.
@@ -152,16 +160,21 @@ def experiment_of(
         InputError: If an experiment, a method or a setting is not usable.
     """
     priced = priced_rank(name)
-    aligns = bool(METHODS[choose("method", method, METHODS)].objectives)
-    stages = STAGES if aligns else STAGES[:1]
+    algorithm = ABLATIONS.get(method)
+    row = OURS if algorithm else choose("method", method, METHODS)
+    stages = STAGES if METHODS[row].objectives else STAGES[:1]
+    steps = [*settings.local_steps[: len(stages)]]
+    if algorithm == "dpo":
+        steps[-1] *= PPO_UPDATES
     given: dict[str, Any] = {
-        "method": method,
+        "method": row,
+        "algorithm": algorithm,
         "seed": seed,
         "model": settings.model,
         "data": settings.data,
         "stages": ",".join(stages),
         "rounds": [*settings.rounds[: len(stages)]],
-        "local_steps": [*settings.local_steps[: len(stages)]],
+        "local_steps": steps,
         "lora_rank": learning_rank(priced, width),
         "priced_lora_rank": priced,
         "rollouts": settings.rollouts,
@@ -174,6 +187,14 @@ def experiment_of(
     }
     known = {key: value for key, value in given.items() if value is not None}
     return load_experiment(experiment_file(name), known)
+
+
+def method_of(experiment: Experiment) -> str:
+    """Return what the comparison calls the method of one of its runs."""
+    for name, algorithm in ABLATIONS.items():
+        if experiment.algorithm == algorithm:
+            return name
+    return experiment.method
 
 
 def per_stage(option: str, text: str) -> list[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from cloud_aggregator.experiment import stored
 from cloud_aggregator.reproduce.command import reproduce
 from cloud_aggregator.reproduce.fig4 import EXPERIMENTS, PlannedRun
 from cloud_aggregator.reproduce.fig5.claims import (
@@ -26,9 +27,11 @@ from cloud_aggregator.reproduce.fig5.outputs import as_json, write
 from cloud_aggregator.reproduce.fig5.plan import (
     FIG5,
     METHODS_OF_FIG5,
+    PPO_UPDATES,
     QUICK,
     Comparison,
     Settings,
+    method_of,
     per_stage,
     plan,
 )
@@ -36,6 +39,7 @@ from cloud_aggregator.reproduce.folder import keep, rounds_left, take_up
 from cloud_aggregator.reproduce.gather import read_records
 from cloud_aggregator.reproduce.words import NO_EVIDENCE
 from device_profiles.errors import InputError
+from edge_client.alignment.settings import PpoSettings
 from tests.cloud_aggregator.reproduce.rewards import (
     JOULES,
     a_judge,
@@ -82,6 +86,45 @@ def test_learning_ranks_and_priced_ranks_are_those_of_fig4() -> None:
         (16, 96),
         (2, 8),
     ]
+
+
+def test_an_ablation_is_ours_with_another_algorithm_after_the_same_stages() -> None:
+    ours, rloo, dpo = runs_of(
+        seeds=(0,), experiments=EXPERIMENTS[:1], methods=("pwff", "pwff-rloo", "pwff-dpo")
+    )
+    assert [method_of(run.experiment) for run in (ours, rloo, dpo)] == [
+        "pwff", "pwff-rloo", "pwff-dpo",
+    ]  # fmt: skip
+    assert ours.words.startswith("pwff, seed 0")
+    assert dpo.words.startswith("pwff by dpo, seed 0")
+    first = stored(ours.experiment)
+    changed = {
+        run.name: {k: v for k, v in stored(run.experiment).items() if first[k] != v}
+        for run in (rloo, dpo)
+    }
+    assert changed == {
+        rloo.name: {"algorithm": "rloo", "alignment_learning_rate": 1e-3},
+        # as many updates as two steps of PPO take
+        dpo.name: {"algorithm": "dpo", "local_steps": [20, 40, 32]},
+    }
+    assert PpoSettings().epochs * PpoSettings().minibatches == PPO_UPDATES
+
+
+def test_an_ablation_has_a_row_of_its_own_beside_ours(tmp_path: Path) -> None:
+    comparison, runs = a_comparison(
+        tmp_path, methods=("pwff", "pwff-dpo"), experiments=EXPERIMENTS[:1]
+    )
+    for run in runs:
+        if method_of(run.experiment) == "pwff-dpo":
+            write_reward_run(tmp_path, run, [(0.0, 0.0)] * 3, a_judge(tmp_path).sha256)
+    write(tmp_path, comparison, runs)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "fig5.csv").read_text())))
+    last = {(r["method"], r["seed"]): r["reward"] for r in rows if r["alignment_round"] == "2"}
+    assert {key: round(float(value), 9) for key, value in last.items()} == {
+        ("pwff", "0"): 0.3, ("pwff", "1"): 0.32, ("pwff-dpo", "0"): 0.0, ("pwff-dpo", "1"): 0.0,
+    }  # fmt: skip
+    text = (tmp_path / "fig5.md").read_text().replace("\u2212", "-")
+    assert "| pwff-dpo | 0.00 ± 0.00 | -0.31 (-0.30, -0.32) |" in text
 
 
 @pytest.mark.parametrize("text", ["6", "6,4", "6,4,x", "6,,4", "6,4,6,1"])

@@ -1,11 +1,13 @@
-"""Whether training will fit into memory, asked before anything is loaded.
+"""Whether training will fit into memory and on the disk, asked before anything is loaded.
 
-A process that takes more than there is is ended by the system without a word. Bytes; what is free
-is read from Linux where it says so, control groups included (a container's limit, a service's).
+A process that takes more memory than there is is ended by the system without a word; a run whose
+states do not fit stops in the middle. Bytes; what memory is free is read from Linux where it says
+so, control groups included (a container's limit, a service's).
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,10 @@ _TRANSFORMERS_BYTES = 180_000_000  # imported where a whole trunk learns or an e
 
 class NotEnoughMemoryError(InputError):
     """Training would take more memory than is free."""
+
+
+class NotEnoughDiskError(InputError):
+    """What must be kept would take more than is free on the disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,54 @@ def check_memory(
         f"{what} would take {predicted_bytes / 1e9:.2f} GB of memory (modelled), and "
         f"{free.bytes / 1e9:.2f} GB are free ({free.source}); {', or '.join(remedies)}"
     )
+
+
+def check_disk(predicted_bytes: int, folder: Path, *, what: str, remedies: Sequence[str]) -> None:
+    """Refuse what the disk will not take.
+
+    Args:
+        predicted_bytes: What is kept (``kept_states``, ``whole_states``).
+        folder: Where; it need not be there yet, and what it holds already is counted once.
+        what: What is kept, as the beginning of a sentence.
+        remedies: What would help, the most helpful first.
+
+    Raises:
+        NotEnoughDiskError: If it takes more than is free.
+    """
+    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(there).free
+    if predicted_bytes - held > free:
+        raise NotEnoughDiskError(
+            f"{what} would take {(predicted_bytes - held) / 1e9:.2f} GB of disk (modelled), and "
+            f"{free / 1e9:.2f} GB are free in {there}; {', or '.join(remedies)}"
+        )
+
+
+def kept_states(trainable: int, personal: int) -> int:
+    """Return what a client keeps after a round, bytes: its own modules and AdamW's two moments.
+
+    That is of two rounds: an aggregator that is started again may want the one before.
+
+    Args:
+        trainable: Parameters that it trains.
+        personal: Those of them that never leave it.
+    """
+    return 2 * 4 * (personal + 2 * trainable)
+
+
+def whole_states(parameters: int, rewards: int, *, lossy: bool) -> int:
+    """Return what a client keeps at most while whole trunks learn, bytes; estimated.
+
+    Two states of two moments of each weight of each reward model and an update that is owed; with
+    a lossy codec what it leaves out too, in three states. Measured: 4.2 and 10 copies.
+
+    Args:
+        parameters: Weights of a trunk.
+        rewards: Reward models of the method.
+        lossy: Whether the codec leaves something out.
+    """
+    return 4 * parameters * rewards * (10 if lossy else 5)
 
 
 def client_memory(

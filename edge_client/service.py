@@ -31,6 +31,7 @@ from edge_client.outbox import Outbox
 from edge_client.peft.build import build_model
 from edge_client.peft.packed_model import PackedModel
 from edge_client.preflight import (
+    check_disk,
     check_memory,
     client_memory,
     encoder_memory,
@@ -38,6 +39,7 @@ from edge_client.preflight import (
     reward_memory,
     step_shape,
     whole_memory,
+    whole_states,
 )
 from edge_client.progress import Interruption, Progress
 from edge_client.reward.reference import scoring
@@ -284,6 +286,8 @@ def _local_client(
         private=client.private,
     )
     _check_memory(client, identity, device, encoder)
+    if device.scoring and client.reward_shares == "all":
+        _check_disk(client, identity)
     model = build_model(
         identity,
         device.precision,
@@ -388,6 +392,24 @@ def _check_memory(
         free_memory(),
         what=f"training on {_USUAL_BATCH} examples of {_USUAL_LENGTH} tokens",
         remedies=[*remedies, "free memory on this device"],
+    )
+
+
+def _check_disk(client: Client, identity: BaseIdentity) -> None:
+    """Refuse a device whose disk would not take the states of whole reward models.
+
+    Raises:
+        NotEnoughDiskError: If they would take more than is free.
+    """
+    rewards = len(find_method(client.method).objectives)
+    check_disk(
+        whole_states(identity.parameters, rewards, lossy=True),  # the run says which codec
+        client.folder,
+        what="what this device keeps of whole reward models",
+        remedies=[
+            "name a folder on a larger disk",
+            "give reward_shares = 'adapters' or 'head' here and in the run",
+        ],
     )
 
 

@@ -16,6 +16,7 @@ from cloud_aggregator.emulation.airtime import airtime_lines
 from cloud_aggregator.emulation.broker_watch import watch_broker
 from cloud_aggregator.emulation.nursery import dismiss, take
 from cloud_aggregator.emulation.plan import (
+    check_plan_disk,
     check_plan_memory,
     plan_run,
     run_config,
@@ -86,6 +87,7 @@ def emulate(
             dismiss()
         planned = plan_run(experiment, folder)
         check_plan_memory(planned)
+        check_plan_disk(planned)
         record = run_record(planned, resume=resume)
         store = stack.enter_context(Store(folder.path, experiment.run_name))
         tracked = stack.enter_context(open_trackers(track, folder))

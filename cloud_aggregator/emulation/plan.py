@@ -28,14 +28,17 @@ from edge_client.data.instructions import Dataset, load_instructions
 from edge_client.data.own_data import Preferences, load_sources
 from edge_client.device_record import held_bytes
 from edge_client.preflight import (
+    check_disk,
     check_memory,
     client_memory,
     encoder_memory,
     fleet_bytes,
     free_memory,
+    kept_states,
     reward_memory,
     step_shape,
     whole_memory,
+    whole_states,
 )
 from messaging.layout import joint_sha256
 from quantization.checkpoint import look_through
@@ -114,6 +117,37 @@ def check_plan_memory(planned: Planned) -> None:
             *(["--reward-trunk base"] if planned.encoder is not None else []),
             "--precision int8 or nf4",
             "a smaller --batch-size or --max-length",
+        ],
+    )
+
+
+def check_plan_disk(planned: Planned) -> None:
+    """Refuse, before anything is written, a run whose states the disk would not take.
+
+    Raises:
+        NotEnoughDiskError: If clients and rounds would keep more than is free.
+    """
+    experiment, fleet = planned.experiment, planned.fleet
+    devices = [client.device for client in fleet.clients]
+    clients = sum(
+        kept_states(d.trainable_parameters, d.trainable_parameters - d.shared_parameters)
+        for d in devices
+    )
+    whole = experiment.reward_shares == "all" and bool(fleet.clients[0].own.train)
+    if whole:
+        rewards = len(find_method(experiment.method).objectives)
+        lossy = experiment.codec != "fp32"
+        clients += len(devices) * whole_states(planned.identity.parameters, rewards, lossy=lossy)
+    rounds = sum(4 * part.size * experiment.rounds_of(name) for name, part in fleet.layouts.items())
+    check_disk(
+        clients + rounds,
+        planned.folder.path,
+        what=f"what {len(devices)} clients and {experiment.total_rounds} rounds keep",
+        remedies=[
+            "give --out on a larger disk",
+            *(["--reward-shares adapters or head"] if whole else []),
+            "fewer --clients",
+            "a smaller --lora-rank",
         ],
     )
 

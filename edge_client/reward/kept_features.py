@@ -2,7 +2,7 @@
 
 A file is found by what its numbers depend on: base, precision, versions, threads, and all examples
 of the list in their order, because the bits of a batch depend on what else is in it. What is
-damaged is computed anew.
+damaged is computed anew. A folder holds a gibibyte: what was not asked for the longest goes first.
 Shape letters: N examples, F features.
 """
 
@@ -28,6 +28,7 @@ from quantization.frozen_gpt2 import FrozenBase
 log = logging.getLogger(__name__)
 
 _NAME = "features"
+_MOST_BYTES = 1 << 30
 _VERSION = 1  # of what is computed: one more wherever features of the same examples change
 
 
@@ -60,6 +61,7 @@ class KeptFeatures:
         if found is None or len(found) != len(examples):
             found = read()
             _keep(path, found)
+            _drop_oldest(self._folder, path)
         return found if encoder else found.to(base.weights.positions.device)
 
 
@@ -75,6 +77,17 @@ def _keep(path: Path, found: Tensor) -> None:
     finally:
         with contextlib.suppress(OSError):
             new.unlink()
+
+
+def _drop_oldest(folder: Path, newest: Path) -> None:
+    """Drop files until a folder holds no more than it may; other processes may do the same."""
+    with contextlib.suppress(OSError):  # one that another process dropped
+        there = [(p.stat(), p) for p in folder.glob("*.safetensors") if p != newest]
+        held = newest.stat().st_size
+        for found, path in sorted(there, key=lambda each: -each[0].st_mtime_ns):
+            held += found.st_size
+            if held > _MOST_BYTES:
+                path.unlink(missing_ok=True)
 
 
 def _key(base: FrozenBase, encoder: str, examples: Sequence[Encoded]) -> str:
@@ -97,5 +110,7 @@ def _load(path: Path) -> Tensor | None:
         found = load_file(path).get(_NAME)
     except (OSError, SafetensorError):
         return None
+    with contextlib.suppress(OSError):
+        os.utime(path)  # it was asked for
     whole = found is not None and found.ndim == 2 and found.dtype == torch.float32
     return found if whole and bool(torch.isfinite(found).all()) else None

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from cloud_aggregator.emulation.emulate import emulate
+from cloud_aggregator.experiment import Experiment
 from device_profiles.modules import BaseShape
 from device_profiles.step_memory import StepMemory
 from device_profiles.step_model import StepShape
 from edge_client.preflight import (
     FreeMemory,
+    NotEnoughDiskError,
     NotEnoughMemoryError,
+    check_disk,
     check_memory,
     client_memory,
     encoder_memory,
     fleet_bytes,
     free_memory,
+    kept_states,
     reward_memory,
     whole_memory,
+    whole_states,
 )
 
 GB = 10**9
@@ -121,6 +128,57 @@ def test_what_fits_passes_and_what_does_not_is_told_with_a_remedy() -> None:
         "system); take precision = 'nf4', or give fewer --workers"
     )
     assert caught.value.exit_code == 2
+
+
+def a_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(
+        "edge_client.preflight.shutil.disk_usage", lambda _: SimpleNamespace(free=free)
+    )
+
+
+def test_what_the_disk_will_not_take_is_told_and_what_is_there_is_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_disk(monkeypatch, 2 * GB)
+    place = tmp_path / "not" / "there" / "yet"
+    check_disk(2 * GB, place, what="states", remedies=["x"])
+    with pytest.raises(NotEnoughDiskError) as caught:
+        check_disk(2 * GB + 1_000_000, place, what="states", remedies=["fewer", "a larger disk"])
+    assert str(caught.value) == (
+        f"states would take 2.00 GB of disk (modelled), and 2.00 GB are free in {tmp_path}; "
+        "fewer, or a larger disk"
+    )
+    assert caught.value.exit_code == 2
+    write(tmp_path, {"run/clients/a/state": "x" * 1_000_000})
+    check_disk(2 * GB + 1_000_000, tmp_path / "run", what="states", remedies=["x"])
+
+
+def test_a_run_that_the_disk_would_not_take_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_disk(monkeypatch, 10_000_000)
+    with pytest.raises(NotEnoughDiskError, match=r"what 50 clients and 6 rounds keep .*--out"):
+        emulate(Experiment(clients=50, partition="iid", transport="memory"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_states_are_predicted_as_a_run_keeps_them(tmp_path: Path) -> None:
+    experiment = Experiment(
+        clients=1, partition="iid", transport="memory", rounds=3, local_steps=1, batch_size=1,
+        max_length=64, lora_count=12,
+    )  # fmt: skip
+    record = emulate(experiment, tmp_path / "run")
+    device = record.clients[0]
+    there = sum(p.stat().st_size for p in (tmp_path / "run" / "clients").rglob("*.safetensors"))
+    own = device.trainable_parameters - device.shared_parameters
+    predicted = kept_states(device.trainable_parameters, own)
+    assert predicted < there < 1.1 * predicted  # names beside the numbers
+
+
+def test_whole_reward_models_are_kept_in_copies_of_their_weights() -> None:
+    # GPT-2 small, two reward models: 4.98 GB, and twice that with what a codec leaves out
+    assert whole_states(124_439_808, 2, lossy=False) == 2 * 5 * 4 * 124_439_808
+    assert whole_states(124_439_808, 2, lossy=True) == 2 * 10 * 4 * 124_439_808
 
 
 def test_workers_share_a_mapped_base_and_nothing_else() -> None:

@@ -1,5 +1,7 @@
-"""Separate programs whose reward models are more than heads on the base, one killed and started
-again: adapters on the trunk, whole trunks, and an encoder as the trunk."""
+"""Separate programs, one killed, whose reward models are more than heads on the base.
+
+They are adapters on the trunk, whole trunks, and heads on an encoder.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,3 +135,27 @@ def test_another_head_count_is_read_for_itself(base: FrozenBase, tmp_path: Path)
         read(Judging(other, kept=tmp_path), EXAMPLES), read(Judging(other), EXAMPLES)
     )
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_was_not_asked_for_the_longest_goes_when_the_folder_is_full(
+    base: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+
+    def asked(kept: KeptFeatures, token: int) -> None:
+        def reading() -> torch.Tensor:
+            reads.append(token)
+            return torch.full((1, 256), float(token))
+
+        kept.of(base, [example(5, 6, token)], reading)
+        for number, path in enumerate(sorted(tmp_path.iterdir(), key=lambda p: p.stat().st_mtime)):
+            os.utime(path, (number, number))  # a clock that ticks between any two files
+
+    kept = KeptFeatures(tmp_path)
+    asked(kept, 7)
+    one = next(tmp_path.iterdir()).stat().st_size
+    monkeypatch.setattr("edge_client.reward.kept_features._MOST_BYTES", 2 * one)
+    for token in (8, 7, 9, 7, 8):  # 9 takes the place of 8, and 8 that of 9
+        asked(kept, token)
+    assert reads == [7, 8, 9, 8]
+    assert len([*tmp_path.iterdir()]) == 2

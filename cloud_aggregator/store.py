@@ -57,6 +57,14 @@ _updates = sa.Table(
 )
 
 
+#: Both databases know it; the arrival stays that of the first.
+_KEEP = sa.text(
+    "INSERT INTO updates (run, number, client, blob, offer) "
+    "VALUES (:run, :number, :client, :blob, :offer) "
+    "ON CONFLICT (run, number, client) DO UPDATE SET blob = excluded.blob, offer = excluded.offer"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OpenRound:
     """A round that is not in ``run.json`` yet.
@@ -279,16 +287,15 @@ class RoundLedger:
 
     def keep(self, offer: Offer) -> None:
         """Put an update down; another one of the same client takes the place of its first."""
-        store = self._store
-        values = {"blob": offer.blob, "offer": encode(offer).decode()}
-        mine = sa.and_(store._is_update(self._number), _updates.c.client == offer.client)
-        with store._transaction() as connection:
-            if not connection.execute(_updates.update().where(mine).values(**values)).rowcount:
-                connection.execute(
-                    _updates.insert().values(
-                        run=store._run, number=self._number, client=offer.client, **values
-                    )
-                )
+        values = {
+            "run": self._store._run,
+            "number": self._number,
+            "client": offer.client,
+            "blob": offer.blob,
+            "offer": encode(offer).decode(),
+        }
+        with self._store._transaction() as connection:
+            connection.execute(_KEEP, values)
 
     def kept(self) -> list[Offer]:
         """Return the offers that updates came with; those of another version are passed."""

@@ -7,8 +7,6 @@ transport of its own; a global state comes once for all of them and is in memory
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import io
 import logging
 import queue
@@ -24,6 +22,7 @@ from device_profiles import logs
 from device_profiles.errors import InputError
 from edge_client.agent import Agent
 from edge_client.arrivals import Arrivals
+from edge_client.freed_memory import FreedMemory
 from edge_client.ledger import Ledger
 from edge_client.local_client import Performer, Result
 from edge_client.outbox import Outbox
@@ -62,16 +61,6 @@ def _say_goodbye(seat: _Seat) -> None:
     seat.transport.publish(
         topics.state(agent.run, agent.id), agent.hello(online=False), retain=True
     )
-
-
-def _release_memory() -> None:
-    """Give freed memory back to the system, where the C library can (glibc).
-
-    Batches of ever other sizes leave holes that glibc keeps: a worker on the bundled base grew from
-    0.6 GB to 1.1 GB in four rounds without this.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Host:
@@ -125,6 +114,7 @@ class Host:
         self._work = ThreadPoolExecutor(work_threads, thread_name_prefix="pwff-work")
         self._fetch = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pwff-fetch")
         self._arrivals = Arrivals()
+        self._freed = FreedMemory()
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._seats = [self._seat(network, performer, binding) for performer in performers]
@@ -195,9 +185,12 @@ class Host:
                 self._failure = err
                 self._inbox.put(None)
                 return
-            _release_memory()
-            self._inbox.put((self._worked, (agent, task, result)))
+            else:
+                self._inbox.put((self._worked, (agent, task, result)))
+            finally:
+                self._freed.end()
 
+        self._freed.begin()
         self._work.submit(work)
 
     def _start_fetch(self, agent: Agent, ref: StateRef) -> None:
@@ -267,6 +260,7 @@ class Host:
                 if self._clock() >= next_tick:
                     next_tick = self._clock() + _TICK_SECONDS
                     self._show_alive()
+                    self._freed.tick()
                     for seat in self._seats:
                         with logs.bound(**_place(seat.agent)):
                             seat.agent.tick(self._clock())

@@ -137,6 +137,10 @@ class Intake:
         """Bytes of chunks that came more than once."""
         return self._desk.duplicate_bytes
 
+    def open_seconds(self, now: float) -> float:
+        """Return for how long the round has been open."""
+        return now - self._began
+
     @property
     def answered(self) -> bool:
         """Whether every client of the cohort has given its update or was refused."""

@@ -92,6 +92,10 @@ class Journal:
         """Put down who is asked now, before one that takes another's place hears of it."""
         self._store.ask(number, cohort)
 
+    def keep_open(self, number: int, seconds: float) -> None:
+        """Put down for how long a round has been open, so that its deadline goes on."""
+        self._store.keep_open(number, seconds)
+
     def spool(self, number: int) -> Spool:
         """Return the updates of a round."""
         return Spool(self._folder.spool_path / str(number), self._store.ledger(number))

@@ -27,6 +27,7 @@ from messaging.protocol import DeviceRecord, Outcome, Report
 
 log = logging.getLogger(__name__)
 
+_KEEP_SECONDS = 5.0  # of an open round's time that a restart may forget
 _LOOK_SECONDS = 0.5  # in deployment, between two looks at the deadline, and at who is there
 
 
@@ -125,8 +126,13 @@ class Phases:
             return intake
         if intake.round.closed_at is None:
             self._ask_those_missing(intake)
+        kept = 0.0
         while intake.round.closed_at is None:
             self._look_and_wait(intake)
+            seconds = intake.open_seconds(self._clock())
+            if seconds - kept >= _KEEP_SECONDS and intake.round.closed_at is None:
+                self._journal.keep_open(number, seconds)
+                kept = seconds
         return intake
 
     def _look_and_wait(self, intake: Intake) -> None:
@@ -194,7 +200,7 @@ class Phases:
                 max_norm=settings.counting.max_norm,
             ),
             self._journal.spool(number),
-            began=self._clock(),
+            began=self._clock() - opened.open_seconds,
             send=self._desk.send,
             notify=self._notify,
             wanted=opened.wanted,

@@ -43,6 +43,7 @@ _rounds = sa.Table(
     sa.Column("accepted", sa.Text),
     sa.Column("closed_seconds", sa.Float),
     sa.Column("noise_key", sa.String),
+    sa.Column("open_seconds", sa.Float),
 )
 _updates = sa.Table(
     "updates",
@@ -75,6 +76,7 @@ class OpenRound:
         cohort: Who was asked, in client order.
         accepted: Whose updates count, once the round is closed; in client order.
         closed_seconds: After how many seconds it closed.
+        open_seconds: For how long aggregators have had it open.
         noise_key: Of the noise that hides each client's part, where the run is private: a secret.
     """
 
@@ -83,6 +85,7 @@ class OpenRound:
     cohort: tuple[str, ...]
     accepted: tuple[str, ...] | None
     closed_seconds: float | None
+    open_seconds: float = 0.0
     noise_key: int | None = field(default=None, repr=False)
 
 
@@ -211,6 +214,10 @@ class Store:
         """Put down who is asked now that others take the place of some."""
         self._set(number, cohort=json.dumps(sorted(cohort)))
 
+    def keep_open(self, number: int, seconds: float) -> None:
+        """Put down for how long a round has been open."""
+        self._set(number, open_seconds=seconds)
+
     def close_round(
         self,
         number: int,
@@ -245,7 +252,7 @@ class Store:
             connection.execute(
                 _rounds.update()
                 .where(self._is_round(number))
-                .values(accepted=None, closed_seconds=None, noise_key=None)
+                .values(accepted=None, closed_seconds=None, noise_key=None, open_seconds=None)
             )
 
     def round(self, number: int) -> OpenRound | None:
@@ -260,6 +267,7 @@ class Store:
             cohort=tuple(json.loads(row.cohort)),
             accepted=None if row.accepted is None else tuple(json.loads(row.accepted)),
             closed_seconds=row.closed_seconds,
+            open_seconds=row.open_seconds or 0.0,
             noise_key=None if row.noise_key is None else int(row.noise_key, 16),
         )
 

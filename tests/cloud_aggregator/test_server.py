@@ -747,6 +747,29 @@ def test_a_silent_device_is_lost_at_the_deadline_and_its_late_update_left_out(
     assert state_after(stage.path, 2).tobytes() == (once + np.float32(2.0)).tobytes()
 
 
+def test_the_deadline_of_an_open_round_goes_on_after_a_restart(stage: Stage) -> None:
+    run = Deployed(stage, rounds=1)
+    run.begin()
+    a, b = run.a, run.b
+    a.expect_task("train", 1)
+    b.expect_task("train", 1)
+    assert a.upload(1.0, 1).kind == "DONE"
+    run.passes(DEADLINE - 10)
+    offer, _ = a.offer(1.0, round=1)
+    assert a.answer(offer.blob).kind == "DONE"  # said again: the time was looked at before
+    run.server.stop()
+    join(run.thread)
+
+    run.clock.now += 1000.0  # nobody's time: no aggregator ran
+    run.start(read_record(stage.path))
+    run.events.wait_for("task", work="train", round=1, clients=["b"])
+    run.passes(11)
+    assert run.measured(1) == ["aggregated", "lost"]
+    record = run.end()
+    assert record.rounds[0].virtual_seconds == DEADLINE
+    assert [c.status for c in record.rounds[0].clients] == ["aggregated", "lost"]
+
+
 def test_the_quorum_ends_a_round_before_its_deadline(stage: Stage) -> None:
     run = Deployed(stage, rounds=1, rules=RoundRules(quorum=0.5, deadline_seconds=DEADLINE))
     run.begin()

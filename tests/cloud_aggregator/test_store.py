@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
 
 from cloud_aggregator import store as tables
 from cloud_aggregator.database import FILE, StoreError, shown
@@ -89,6 +91,7 @@ def test_a_round_is_there_again_as_far_as_it_had_come(opened: Callable[[], Store
     with opened() as store:
         assert store.round(1) == begun
         store.ask(1, ["a", "b", "c", "d"])
+        store.keep_open(1, 40.5)
         for client in ("b", "a"):
             store.ledger(1).keep(offer_of(client, blob_of(client, 1.0)))
         store.close_round(1, ["b", "a"], 2.5, {"a": "aggregated"}, noise_key=2**128 - 1)
@@ -97,6 +100,7 @@ def test_a_round_is_there_again_as_far_as_it_had_come(opened: Callable[[], Store
         assert closed is not None
         assert (closed.cohort, closed.accepted) == (("a", "b", "c", "d"), ("a", "b"))
         assert (closed.closed_seconds, closed.noise_key) == (2.5, 2**128 - 1)
+        assert closed.open_seconds == 40.5
         assert str(2**128 - 1) not in repr(closed)
         assert [offer.client for offer in store.ledger(1).kept()] == ["b", "a"]  # as they came
 
@@ -122,11 +126,13 @@ def test_a_round_that_is_opened_or_done_again_begins_without_an_update(
     with opened() as store:
         store.open_round(1, "alignment", 1, ["a"])
         store.ledger(1).keep(offer_of("a", blob_of("a", 1.0)))
+        store.keep_open(1, 3.0)
         store.close_round(1, ["a"], 1.0, {}, noise_key=7)
         store.reopen_round(1)
         again = store.round(1)
         assert again is not None
         assert (again.cohort, again.accepted, again.noise_key) == (("a",), None, None)
+        assert again.open_seconds == 0.0
         assert store.ledger(1).kept() == []
         store.ledger(1).keep(offer_of("a", blob_of("a", 1.0)))
         store.open_round(1, "alignment", 1, ["b"])
@@ -186,6 +192,22 @@ def test_migrations_make_the_tables_that_the_store_uses(tmp_path: Path) -> None:
     for table in tables._metadata.tables.values():
         columns = {column["name"] for column in made.get_columns(table.name)}
         assert {column.name for column in table.columns} <= columns, table.name
+
+
+def test_a_store_of_the_first_version_is_gone_on_with(tmp_path: Path) -> None:
+    config = Config()
+    config.set_main_option("script_location", "cloud_aggregator:migrations")
+    with sa.create_engine(f"sqlite:///{tmp_path / FILE}").begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(sa.text("INSERT INTO runs (run, epoch) VALUES (:run, 4)"), {"run": RUN})
+        row = "INSERT INTO rounds (run, number, stage, wanted, cohort) VALUES (:run, 3, :s, 1, :c)"
+        connection.execute(sa.text(row), {"run": RUN, "s": "reward", "c": '["a"]'})
+    with Store(tmp_path, RUN) as store:
+        assert store.epoch == 5
+        assert store.round(3) == OpenRound(
+            stage="reward", wanted=1, cohort=("a",), accepted=None, closed_seconds=None
+        )
 
 
 def test_what_a_killed_process_had_not_committed_is_not_there(tmp_path: Path) -> None:

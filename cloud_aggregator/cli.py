@@ -141,6 +141,11 @@ def _list_experiments(ctx: click.Context, _option: click.Parameter, wanted: bool
 @click.option(
     "--selection", metavar="NAME", help="uniform, best-channel, proportional-fair or utility."
 )
+@click.option("--availability", metavar="diurnal|churn", help="When devices are there (always).")
+@click.option("--night-hours", type=float, metavar="X", help="Of diurnal (8).")
+@click.option("--on-hours", type=float, metavar="X", help="Of churn: a device stays (2).")
+@click.option("--off-hours", type=float, metavar="X", help="Of churn: it is away (2).")
+@click.option("--weibull-shape", type=float, metavar="X", help="Of churn; 1: exponential (1).")
 @click.option("--upload-policy", metavar="NAME", help="at-once, or wait for good blocks (at-once).")
 @click.option(
     "--aggregation",

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from cloud_aggregator.counting import CountingKeys, check_counting
 from cloud_aggregator.methods import METHODS, find_method
+from cloud_aggregator.presence import PresenceKeys, presence_of
 from cloud_aggregator.restraint import RestraintSettings, check_restraint
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.stages import LEARNING_RATES, check_room
@@ -80,7 +81,7 @@ LINK_FIELDS = (
 )
 
 
-class Experiment(CountingKeys):
+class Experiment(CountingKeys, PresenceKeys):
     """One emulated run.
 
     Attributes:
@@ -363,6 +364,7 @@ def check_experiment(experiment: Experiment, source: str) -> None:
         wanted=experiment.wanted,
         has_cohort=experiment.cohort is not None,
     )
+    presence_of(experiment, ["any"], experiment.seed)  # its keys have to fit each other
     check_trunk(experiment.reward_trunk, experiment.reward_shares, experiment.trunk_precision)
     if experiment.priced_lora_rank is not None and experiment.priced_at == "base":
         raise InputError(

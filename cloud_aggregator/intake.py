@@ -20,6 +20,7 @@ from cloud_aggregator.aggregation.asynchronous import StaleUpdate
 from cloud_aggregator.aggregation.robust import check_update
 from cloud_aggregator.fetches import Fetched, Fetches
 from cloud_aggregator.partials import ResumablePartial, adopt, held_pieces
+from cloud_aggregator.presence import Moment
 from cloud_aggregator.rounds import RoundRules, TrainingRound
 from cloud_aggregator.spool import Spool
 from cloud_aggregator.stale import Asked, ClosedRound, StaleUpdates
@@ -82,6 +83,7 @@ class Intake:
         wanted: How many clients the quorum is a share of; by default the cohort.
         stale: Where late updates wait; without it they are left out.
         fetches: Fetches updates that lie in a store; without it they are asked for in chunks.
+        moment: In emulation, who was there at the beginning, and for how long; none for everyone.
 
     Attributes:
         refused: Updates that were refused once they were here whole, by code. What is refused
@@ -101,8 +103,10 @@ class Intake:
         wanted: int | None = None,
         stale: StaleUpdates | None = None,
         fetches: Fetches | None = None,
+        moment: Moment | None = None,
     ) -> None:
         self.number = number
+        self.moment = moment
         self.round = TrainingRound(clients, rules.round_rules, wanted=wanted)
         self.contributions: dict[str, Contribution] = {}
         self.reasons: dict[str, str] = {}
@@ -518,6 +522,8 @@ class Intake:
         for at, client in sorted((at, client) for client, at in self._arrivals.items()):
             if self.contributions[client].costs.lost:
                 self.reasons[client] = "outage: lost on the air"
+            elif at > (stays := self._stays(client)):
+                self.reasons[client] = f"away: it left {stays:.0f} s after the round began"
             else:
                 self.round.arrived(client, at)
         self.round.passed(math.inf)
@@ -526,6 +532,10 @@ class Intake:
                 blob = self._spool.path(client).read_bytes()
                 due = self._arrivals[client] - (self.round.closed_at or 0.0)
                 self._keep_late(offer, blob, due)
+
+    def _stays(self, client: str) -> float:
+        """Return for how long an emulated client stays."""
+        return math.inf if self.moment is None else self.moment.stays.get(client, 0.0)
 
     def accepted_updates(self) -> Iterator[tuple[Vector, int]]:
         """Yield (update, examples) of the accepted clients in client order, one at a time."""

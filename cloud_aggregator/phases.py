@@ -19,6 +19,7 @@ from cloud_aggregator.inbox import Inbox
 from cloud_aggregator.intake import Client, Intake, IntakeRules
 from cloud_aggregator.journal import Journal
 from cloud_aggregator.methods import own_layout
+from cloud_aggregator.presence import Moment
 from cloud_aggregator.registry import Registry
 from cloud_aggregator.store import OpenRound
 from cloud_aggregator.tasks import Work, make_tasks
@@ -156,12 +157,12 @@ class Phases:
         stage = self._course.plan.stage
         if self._journal.stale is not None:
             self._journal.stale.forget_before(self._course.first_round)
-        opened = self._journal.round(number, stage)
+        opened, moment = self._journal.round(number, stage), self._moment()
         if opened is None:
-            wanted, cohort = self._cohort()
+            wanted, cohort = self._cohort(moment)
             self._journal.keep_devices(self._registry)
             opened = self._journal.open(number, stage, wanted, cohort)
-        intake = self._intake(number, opened)
+        intake = self._intake(number, opened, moment)
         lost = sorted(set(intake.round.accepted) - set(intake.contributions))
         if lost:
             if opened.noise_key is not None:
@@ -180,10 +181,10 @@ class Phases:
                     number,
                 )
             self._journal.reopen(intake)
-            intake = self._intake(number, self._journal.round(number, stage) or opened)
+            intake = self._intake(number, self._journal.round(number, stage) or opened, moment)
         return intake
 
-    def _intake(self, number: int, opened: OpenRound) -> Intake:
+    def _intake(self, number: int, opened: OpenRound, moment: Moment | None) -> Intake:
         settings = self._settings
         intake = self._desk.intake = Intake(
             number,
@@ -206,6 +207,7 @@ class Phases:
             wanted=opened.wanted,
             stale=self._journal.stale,
             fetches=self._desk.fetches,
+            moment=moment,
         )
         if opened.accepted is not None:
             intake.round.recorded(opened.accepted, opened.closed_seconds or 0.0)
@@ -248,11 +250,26 @@ class Phases:
         known = self._registry.devices
         return {i: device for i, device in known.items() if self._course.weight(device)}
 
-    def _cohort(self) -> tuple[int, list[str]]:
+    def _moment(self) -> Moment | None:
+        """Return when the next round begins and who is there, where not everyone always is.
+
+        Raises:
+            InputError: If so many as it needs never are.
+        """
+        settings, rounds = self._settings, self._course.record.rounds
+        if settings.presence is None:
+            return None
+        least = settings.rules.needed(settings.cohort.size) if settings.cohort else 1
+        at = rounds[-1].ended_seconds if rounds else 0.0
+        return settings.presence.moment(at, able(self._trainable(), rounds), least)
+
+    def _cohort(self, moment: Moment | None) -> tuple[int, list[str]]:
         """Return how many clients a round needs a quorum of, and who is asked."""
         settings = self._settings
         self._await_enough()
         rounds, there = self._course.record.rounds, set(self._asked())
+        if moment is not None:
+            there &= set(moment.stays)
         devices = {i: device for i, device in self._trainable().items() if i in there}
         if settings.cohort is None:
             cohort = able(devices, rounds)

@@ -173,6 +173,7 @@ class RoundRecord(_Part):
     those that had become too old. ``unchanged`` says why accepted updates moved nothing.
     ``taken_back`` says why a round of alignment was undone: what its clients have then is measured
     on the state before it, and ``dropped`` is what was measured on the state that it had made.
+    ``began_seconds`` is when it began, on the clock of ``virtual_seconds``.
     """
 
     stage: Stage
@@ -181,12 +182,18 @@ class RoundRecord(_Part):
     virtual_seconds: float
     clients: list[ClientRound]
     global_: Annotated[GlobalRound, Field(alias="global")]
+    began_seconds: float = 0.0
     taken_back: str = ""
     dropped: GlobalRound | None = None
     stale: list[StaleEntry] = Field(default_factory=list)
     stale_dropped: int = 0
     unchanged: str = ""
     observed: Observed
+
+    @property
+    def ended_seconds(self) -> float:
+        """When it ended, on the clock of ``virtual_seconds``."""
+        return self.began_seconds + self.virtual_seconds
 
     @property
     def moved(self) -> bool:

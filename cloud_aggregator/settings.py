@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from cloud_aggregator.cohort import CohortRule
 from cloud_aggregator.counting import Counting
+from cloud_aggregator.presence import Presence
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.stages import StagePlan
 from device_profiles.methods import ModuleShape
@@ -38,6 +39,7 @@ class RunSettings:
         farewell_seconds: In deployment, how long the end is said to devices that have not left: a
             broker that falls just then has forgotten it.
         waits_for_channel: Whether an emulated upload waits for good coherence blocks.
+        presence: In emulation, when devices are there; without it they always are.
     """
 
     run: str
@@ -58,6 +60,7 @@ class RunSettings:
     known_clients: frozenset[str] | None = None
     cohort: CohortRule | None = None
     waits_for_channel: bool = False
+    presence: Presence | None = None
     refuses_hopeless_deadline: bool = False
     counting: Counting = field(default_factory=Counting)
     keep_states: int | None = None

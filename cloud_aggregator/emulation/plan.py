@@ -18,6 +18,7 @@ from cloud_aggregator.emulation.fleet import (
     stage_plans,
 )
 from cloud_aggregator.experiment import Experiment, stored
+from cloud_aggregator.presence import presence_of
 from cloud_aggregator.records import DataRecord, RunRecord, encoder_record, model_record
 from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.settings import RunSettings
@@ -112,7 +113,7 @@ def check_plan_memory(planned: Planned) -> None:
         free_memory(),
         what=f"{planned.workers} worker(s) on {planned.identity.name}",
         remedies=[
-            "give --workers 1",
+            *(["give --workers 1"] if planned.workers > 1 else []),
             *(["--reward-shares adapters or head"] if whole else []),
             *(["--reward-trunk base"] if planned.encoder is not None else []),
             "--precision int8 or nf4",
@@ -305,6 +306,9 @@ def run_settings(planned: Planned) -> RunSettings:
         cohort=_cohort(experiment),
         refuses_hopeless_deadline=True,
         waits_for_channel=experiment.upload_policy == "wait",
+        presence=presence_of(
+            experiment, [c.device.id for c in planned.fleet.clients], experiment.seed
+        ),
         patience_seconds=_PATIENCE_SECONDS,
     )
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from cloud_aggregator.cohort import CohortRule
 from cloud_aggregator.errors import RunFailedError
 from cloud_aggregator.methods import METHODS, stage_layout
+from cloud_aggregator.presence import Moment
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.run_folder import RunFolder, read_record
@@ -186,6 +188,53 @@ def test_the_deadline_is_modelled_and_not_this_machines(stage: Stage) -> None:
     record = stage.aggregator(settings_of(rules=rules, rounds=1)).run()
     assert record.rounds[0].accepted == ["a", "b"]  # b is there at 2.5 s, to the second
     assert record.rounds[0].virtual_seconds == 2.5 + record.rounds[0].clients[0].downlink_seconds
+
+
+class Scripted:
+    """Devices that are there as a test says, round by round; ``asked`` is what was asked for."""
+
+    def __init__(self, *moments: Moment) -> None:
+        self._moments = [*moments]
+        self.asked: list[tuple[float, list[str], int]] = []
+
+    def moment(self, at: float, names: Iterable[str], least: int) -> Moment:
+        """Return the next moment, whatever is asked for."""
+        self.asked.append((at, sorted(names), least))
+        return self._moments[len(self.asked) - 1]
+
+
+def test_who_is_not_there_is_not_asked_and_who_leaves_early_does_not_count(stage: Stage) -> None:
+    """A has its update there after 1.5 s, b after 2.5 s; b stays for 2 s, and c is away."""
+    stage.host(*three())
+    presence = Scripted(
+        Moment(at=10.0, stays={"a": 60.0, "b": 2.0}), Moment(at=90.0, stays={"c": 3.5})
+    )
+    rules = RoundRules(quorum=1.0, deadline_seconds=20.0)
+    record = stage.aggregator(settings_of(rules=rules, presence=presence)).run()
+    first, second = record.rounds
+    assert (first.accepted, second.accepted) == (["a"], ["c"])
+    assert [c.status for c in first.clients] == ["aggregated", "lost", "skipped"]
+    assert first.clients[1].reason == "away: it left 2 s after the round began"
+    assert [c.status for c in second.clients] == ["skipped", "skipped", "aggregated"]
+    assert (first.began_seconds, second.began_seconds) == (10.0, 90.0)
+    # the round waited for b until its deadline, and the next begins when it was over
+    assert first.ended_seconds == 10.0 + 20.0 + first.clients[0].downlink_seconds
+    assert presence.asked == [(0.0, ["a", "b", "c"], 1), (first.ended_seconds, ["a", "b", "c"], 1)]
+
+
+def test_a_round_needs_as_many_there_as_its_quorum_of_the_cohort(stage: Stage) -> None:
+    stage.host(*three())
+    presence = Scripted(Moment(at=0.0, stays={"b": 9.0, "c": 9.0}))
+    record = stage.aggregator(
+        settings_of(
+            rounds=1,
+            rules=RoundRules(quorum=0.6, deadline_seconds=20.0),
+            cohort=CohortRule(size=3, selection="uniform", seed=7),
+            presence=presence,
+        )
+    ).run()
+    assert record.rounds[0].accepted == ["b", "c"]
+    assert presence.asked[0][2] == 2
 
 
 def test_a_round_that_nobody_finishes_in_time_changes_nothing(stage: Stage) -> None:

@@ -1,0 +1,133 @@
+"""When the devices of an emulated run are there: whom a round can ask, and who leaves it early.
+
+A round begins, in the devices' modelled time, when the one before it ended; where too few devices
+are there, it begins as soon as enough are. Traces are ``device_profiles.availability``'s: modelled.
+Everything follows from the keys, the seed and the moment, so a run that goes on after a break finds
+the same devices there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from device_profiles.availability import Availability, Churn, ChurnSettings, Nights, NightSettings
+from device_profiles.config_files import Config
+from device_profiles.errors import InputError
+
+_BELONGS = {
+    "night_hours": "diurnal", "on_hours": "churn", "off_hours": "churn", "weibull_shape": "churn",
+}  # fmt: skip
+_MOST_MOMENTS = 10_000
+
+
+class PresenceKeys(Config):
+    """Keys of an experiment.
+
+    Attributes:
+        availability: ``diurnal`` (at night, each in its time zone) or ``churn`` (there and away in
+            turn); by default every device is always there.
+        night_hours: Of ``diurnal`` (8).
+        on_hours: Of ``churn``: how long a device stays on average (2).
+        off_hours: And how long it is away (2).
+        weibull_shape: Of the law of both; 1 is the exponential law (1).
+    """
+
+    availability: Literal["diurnal", "churn"] | None = None
+    night_hours: float | None = None
+    on_hours: float | None = None
+    off_hours: float | None = None
+    weibull_shape: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """The beginning of a round.
+
+    Attributes:
+        at: Seconds of modelled time since the run began.
+        stays: Who is there, and how many seconds each stays from then on.
+    """
+
+    at: float
+    stays: dict[str, float]
+
+
+class Presence(Protocol):
+    """When devices are there."""
+
+    def moment(self, at: float, names: Iterable[str], least: int) -> Moment:
+        """Return the first moment from ``at`` on with at least ``least`` of these devices there."""
+
+
+class Traced:
+    """Presence by a trace.
+
+    Args:
+        names: Every device of the run; the trace numbers them in client order.
+        trace: Of so many devices.
+    """
+
+    def __init__(self, names: Sequence[str], trace: Availability) -> None:
+        self._places = {name: place for place, name in enumerate(sorted(names))}
+        self._trace = trace
+
+    def moment(self, at: float, names: Iterable[str], least: int) -> Moment:
+        """Return the first moment from ``at`` on with at least ``least`` of these devices there.
+
+        Raises:
+            InputError: If there is none for very long.
+        """
+        asked = sorted(names)
+        places = np.array([self._places[name] for name in asked], dtype=np.int64)
+        least = min(least, len(asked))
+        began = at
+        for _ in range(_MOST_MOMENTS):
+            found = self._trace.presence(places, at)
+            here = found.begins <= at
+            lacking = least - int(here.sum())
+            if lacking <= 0:
+                rows = np.flatnonzero(here)
+                return Moment(at=at, stays={asked[r]: float(found.ends[r] - at) for r in rows})
+            at = float(np.sort(found.begins[~here])[lacking - 1])
+            if not math.isfinite(at):
+                break
+        raise InputError(
+            f"availability: {least} of {len(asked)} devices are not there at once from second "
+            f"{began:.0f} of the run on; ask fewer (cohort, quorum), or let them stay longer"
+        )
+
+
+def presence_of(keys: PresenceKeys, names: Sequence[str], seed: int) -> Traced | None:
+    """Return when the devices of a run are there; none where they always are.
+
+    Raises:
+        InputError: If a key is out of its range, or belongs to another trace.
+    """
+    for key, owner in _BELONGS.items():
+        if getattr(keys, key) is not None and keys.availability != owner:
+            raise InputError(
+                f"{key} = {getattr(keys, key)} belongs to availability '{owner}', and the run's is "
+                f"{_quoted(keys.availability)}; choose '{owner}', or leave {key} out"
+            )
+    if keys.availability is None:
+        return None
+    if keys.availability == "diurnal":
+        night = NightSettings(**_given(keys, hours="night_hours"))
+        return Traced(names, Nights(len(names), seed, night))
+    churn = _given(keys, on_hours="on_hours", off_hours="off_hours", shape="weibull_shape")
+    return Traced(names, Churn(len(names), seed, ChurnSettings(**churn)))
+
+
+def _quoted(name: str | None) -> str:
+    return "not given" if name is None else f"'{name}'"
+
+
+def _given(keys: PresenceKeys, **names: str) -> dict[str, Any]:
+    """Return the keys that are given, by the names that they have in a trace's settings."""
+    found = {name: getattr(keys, key) for name, key in names.items()}
+    return {name: value for name, value in found.items() if value is not None}

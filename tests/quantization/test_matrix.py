@@ -14,7 +14,7 @@ from torch import Tensor
 from device_profiles.seeds import stream
 from quantization.backends import stored
 from quantization.backends.bf16 import hold_bf16
-from quantization.backends.dense import hold_fp32
+from quantization.backends.dense import Fp32Matrix, hold_fp32
 from quantization.backends.int8 import (
     hold_int8,
     hold_int8_dynamic,
@@ -438,3 +438,17 @@ def test_a_matrix_used_in_inference_mode_can_be_trained_through_afterwards(
 def test_every_row_of_the_table_of_precisions_is_tried_here() -> None:
     rows = [(name, row.name) for name, held in PRECISIONS.items() for row in held.backends]
     assert sorted(rows) == sorted(ALL)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 33])
+@pytest.mark.parametrize("across", [False, True], ids=["by rows", "transposed"])
+def test_very_many_outputs_are_those_of_the_whole_product(rows: int, across: bool) -> None:
+    rng = torch.Generator().manual_seed(3)
+    weight = torch.randn(9000, 24, generator=rng, dtype=torch.float64)  # 8 parts, and a rest
+    if across:
+        weight = weight.T.contiguous().T
+    x = torch.randn(rows, 24, generator=rng, dtype=torch.float64)
+    bias = torch.randn(9000, generator=rng, dtype=torch.float64)
+    matrix = Fp32Matrix(weight)
+    torch.testing.assert_close(matrix.times(x), x @ weight.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(matrix.times(x, bias), x @ weight.T + bias, rtol=1e-12, atol=1e-12)

@@ -141,7 +141,7 @@ def _list_experiments(ctx: click.Context, _option: click.Parameter, wanted: bool
 @click.option(
     "--selection", metavar="NAME", help="uniform, best-channel, proportional-fair or utility."
 )
-@click.option("--availability", metavar="diurnal|churn", help="When devices are there (always).")
+@click.option("--availability", metavar="NAME", help="always, diurnal or churn (always).")
 @click.option("--night-hours", type=float, metavar="X", help="Of diurnal (8).")
 @click.option("--on-hours", type=float, metavar="X", help="Of churn: a device stays (2).")
 @click.option("--off-hours", type=float, metavar="X", help="Of churn: it is away (2).")

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from cloud_aggregator.records import ClientRound, RoundRecord
+from cloud_aggregator.rounds import RoundRules
 from device_profiles.channel import Link, pilot_rate
 from device_profiles.seeds import stream
 from device_profiles.selection import (
@@ -34,6 +35,11 @@ class CohortRule:
     size: int
     selection: Selection
     seed: int
+
+
+def least_there(rules: RoundRules, cohort: CohortRule | None) -> int:
+    """Return how many devices have to be there for a round of an emulated run to begin."""
+    return rules.needed(cohort.size) if cohort else 1
 
 
 def able(devices: Mapping[str, DeviceRecord], rounds: Sequence[RoundRecord]) -> list[str]:

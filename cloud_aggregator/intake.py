@@ -554,7 +554,8 @@ class Intake:
         if self.round.closed_at is None:
             raise ValueError(f"round {self.number} is open: what it folds in is not decided yet")
         asked = {name: _asked(client) for name, client in self._clients.items()}
-        at, accepted = self.round.closed_at, self.round.accepted
+        waited = self.moment.waited if self.moment else 0.0
+        at, accepted = waited + self.round.closed_at, self.round.accepted
         return self._stale.decide(self.number, at, asked, accepted)
 
     def stale_updates(self) -> Iterator[StaleUpdate]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from cloud_aggregator.cohort import able, choose_cohort, choose_replacement
+from cloud_aggregator.cohort import able, choose_cohort, choose_replacement, least_there
 from cloud_aggregator.course import Course
 from cloud_aggregator.desk import Desk
 from cloud_aggregator.errors import RunFailedError
@@ -20,6 +20,7 @@ from cloud_aggregator.intake import Client, Intake, IntakeRules
 from cloud_aggregator.journal import Journal
 from cloud_aggregator.methods import own_layout
 from cloud_aggregator.presence import Moment
+from cloud_aggregator.records import modelled_seconds
 from cloud_aggregator.registry import Registry
 from cloud_aggregator.store import OpenRound
 from cloud_aggregator.tasks import Work, make_tasks
@@ -259,8 +260,8 @@ class Phases:
         settings, rounds = self._settings, self._course.record.rounds
         if settings.presence is None:
             return None
-        least = settings.rules.needed(settings.cohort.size) if settings.cohort else 1
-        at = rounds[-1].ended_seconds if rounds else 0.0
+        least = least_there(settings.rules, settings.cohort)
+        at = modelled_seconds(rounds)
         return settings.presence.moment(at, able(self._trainable(), rounds), least)
 
     def _cohort(self, moment: Moment | None) -> tuple[int, list[str]]:

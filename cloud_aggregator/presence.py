@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
+from pydantic import BeforeValidator
 
 from device_profiles.availability import Availability, Churn, ChurnSettings, Nights, NightSettings
 from device_profiles.config_files import Config
@@ -25,19 +26,24 @@ _BELONGS = {
 _MOST_MOMENTS = 10_000
 
 
+def _named(value: object) -> object:
+    """Return none for ``always``, as what is not given: the run has the same name."""
+    return None if value == "always" else value
+
+
 class PresenceKeys(Config):
     """Keys of an experiment.
 
     Attributes:
-        availability: ``diurnal`` (at night, each in its time zone) or ``churn`` (there and away in
-            turn); by default every device is always there.
+        availability: ``diurnal`` (at night, each in its time zone), ``churn`` (there and away in
+            turn), or ``always``, which is what goes without saying.
         night_hours: Of ``diurnal`` (8).
         on_hours: Of ``churn``: how long a device stays on average (2).
         off_hours: And how long it is away (2).
         weibull_shape: Of the law of both; 1 is the exponential law (1).
     """
 
-    availability: Literal["diurnal", "churn"] | None = None
+    availability: Annotated[Literal["diurnal", "churn"] | None, BeforeValidator(_named)] = None
     night_hours: float | None = None
     on_hours: float | None = None
     off_hours: float | None = None
@@ -50,10 +56,12 @@ class Moment:
 
     Attributes:
         at: Seconds of modelled time since the run began.
+        waited: Of these, for how long fewer devices were there than it needs.
         stays: Who is there, and how many seconds each stays from then on.
     """
 
     at: float
+    waited: float
     stays: dict[str, float]
 
 
@@ -92,7 +100,8 @@ class Traced:
             lacking = least - int(here.sum())
             if lacking <= 0:
                 rows = np.flatnonzero(here)
-                return Moment(at=at, stays={asked[r]: float(found.ends[r] - at) for r in rows})
+                stays = {asked[r]: float(found.ends[r] - at) for r in rows}
+                return Moment(at=at, waited=at - began, stays=stays)
             at = float(np.sort(found.begins[~here])[lacking - 1])
             if not math.isfinite(at):
                 break

@@ -6,6 +6,7 @@ bits includes it. Everything else is a function of configuration, seed and accep
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -173,7 +174,7 @@ class RoundRecord(_Part):
     those that had become too old. ``unchanged`` says why accepted updates moved nothing.
     ``taken_back`` says why a round of alignment was undone: what its clients have then is measured
     on the state before it, and ``dropped`` is what was measured on the state that it had made.
-    ``began_seconds`` is when it began, on the clock of ``virtual_seconds``.
+    ``waited_seconds`` is how long it waited, before it began, for enough devices to be there.
     """
 
     stage: Stage
@@ -182,18 +183,13 @@ class RoundRecord(_Part):
     virtual_seconds: float
     clients: list[ClientRound]
     global_: Annotated[GlobalRound, Field(alias="global")]
-    began_seconds: float = 0.0
+    waited_seconds: float = 0.0
     taken_back: str = ""
     dropped: GlobalRound | None = None
     stale: list[StaleEntry] = Field(default_factory=list)
     stale_dropped: int = 0
     unchanged: str = ""
     observed: Observed
-
-    @property
-    def ended_seconds(self) -> float:
-        """When it ended, on the clock of ``virtual_seconds``."""
-        return self.began_seconds + self.virtual_seconds
 
     @property
     def moved(self) -> bool:
@@ -284,6 +280,11 @@ class RunRecord(_Part):
     summary: Summary = Field(default_factory=Summary)
 
     model_config = ConfigDict(extra="forbid", validate_by_name=True, serialize_by_alias=True)
+
+
+def modelled_seconds(rounds: Sequence[RoundRecord]) -> float:
+    """Return what rounds took on the clock of ``virtual_seconds``, with the waits before them."""
+    return sum(r.waited_seconds + r.virtual_seconds for r in rounds)
 
 
 def encoder_record(encoder: EncoderIdentity | None) -> EncoderRecord | None:

@@ -48,13 +48,12 @@ def round_record(
         _client_round(device, intake, reports.get(device.id), left.get(device.id), fresh=fresh)
         for device in devices
     ]
-    ended = before.ended_seconds if before else 0.0
     slowest = max((entry.downlink_seconds for entry in entries), default=0.0)
     return RoundRecord(
         stage=stage,
         round=intake.number,
         accepted=intake.round.accepted,
-        began_seconds=intake.moment.at if intake.moment else ended,
+        waited_seconds=intake.moment.waited if intake.moment else 0.0,
         virtual_seconds=(intake.round.closed_at or 0.0) + slowest,
         clients=entries,
         global_=global_figures({d.id: d for d in devices}, reports),

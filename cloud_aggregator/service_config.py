@@ -41,7 +41,8 @@ class RewardSection(Config):
 
 
 def _alignment_rate(given: dict[str, Any]) -> float:
-    return LEARNING_RATES[given["settings"].algorithm]
+    settings = given.get("settings")  # what is wrong with them is told
+    return LEARNING_RATES[settings.algorithm] if settings else 0.0
 
 
 class AlignmentSection(Config):
@@ -82,7 +83,8 @@ class Service(CountingKeys):
             default every one that is there. ``aggregation`` and what goes with it is described in
             ``cloud_aggregator.counting.CountingKeys``.
         quorum: Share of them whose updates end a round.
-        deadline_seconds: Of a training round, on this machine's clock; after a restart, anew.
+        deadline_seconds: Of a training round, on this machine's clock, while an aggregator runs;
+            a restart may forget five seconds.
         replacements: Whether another device is asked in the place of one that vanished, while
             there is time.
         heartbeat_seconds: The devices'; after three of them without a word, one is taken for gone.

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from cloud_aggregator.records import RunRecord
+from cloud_aggregator.records import RunRecord, modelled_seconds
 from cloud_aggregator.reports.build import build_comparison
 from cloud_aggregator.reproduce.differences import Difference, difference, values
 from cloud_aggregator.reproduce.folder import folder_of
@@ -59,7 +59,7 @@ MEASURES = (
     Measure(title="radiated, J", name="mean_uplink_joules",
             of=lambda run: run.summary.mean_uplink_joules),
     Measure(title="modelled time, s", name="virtual_seconds", digits=1,
-            of=lambda run: sum(r.virtual_seconds for r in run.rounds)),
+            of=lambda run: modelled_seconds(run.rounds)),
 )  # fmt: skip
 
 

@@ -152,7 +152,8 @@ class Nights(_Mains):
         """Return the night that it is, or the next one."""
         into = (at - self._begin[places]) % DAY_SECONDS
         begins = np.where(into < self.length, at - into, at - into + DAY_SECONDS)
-        return Presence(begins=begins, ends=begins + self.length)
+        ends = np.full(places.size, np.inf) if self.length >= DAY_SECONDS else begins + self.length
+        return Presence(begins=begins, ends=ends)
 
     def seconds_by(self, places: Places, at: float | Floats) -> Floats:
         """Return how many seconds of night devices have had by ``at``, from an origin of theirs."""

@@ -69,14 +69,14 @@ def check_disk(predicted_bytes: int, folder: Path, *, what: str, remedies: Seque
 
     Args:
         predicted_bytes: What is kept (``kept_states``, ``whole_states``).
-        folder: Where; it need not be there yet, and what it holds already is counted once.
+        folder: Where; it need not be there yet, and the states that it holds are counted once.
         what: What is kept, as the beginning of a sentence.
         remedies: What would help, the most helpful first.
 
     Raises:
         NotEnoughDiskError: If it takes more than is free.
     """
-    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    held = sum(map(_size, folder.rglob("*.safetensors")))
     there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
     free = shutil.disk_usage(there).free
     if predicted_bytes - held > free:
@@ -86,16 +86,25 @@ def check_disk(predicted_bytes: int, folder: Path, *, what: str, remedies: Seque
         )
 
 
-def kept_states(trainable: int, personal: int) -> int:
-    """Return what a client keeps after a round, bytes: its own modules and AdamW's two moments.
+def kept_states(trainable: int, personal: int, *, lossy: bool) -> int:
+    """Return what a client at least keeps after a round, bytes.
 
-    That is of two rounds: an aggregator that is started again may want the one before.
+    That is its own modules, AdamW's two moments, and what a lossy codec left out; of two rounds:
+    an aggregator that is started again may want the one before.
 
     Args:
         trainable: Parameters that it trains.
         personal: Those of them that never leave it.
+        lossy: Whether the codec leaves something out.
     """
-    return 2 * 4 * (personal + 2 * trainable)
+    return 2 * 4 * (personal + 2 * trainable + (trainable - personal if lossy else 0))
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # another process took it away
+        return 0
 
 
 def whole_states(parameters: int, rewards: int, *, lossy: bool) -> int:

@@ -31,6 +31,7 @@ from edge_client.outbox import Outbox
 from edge_client.peft.build import build_model
 from edge_client.peft.packed_model import PackedModel
 from edge_client.preflight import (
+    NotEnoughDiskError,
     check_disk,
     check_memory,
     client_memory,
@@ -399,18 +400,26 @@ def _check_disk(client: Client, identity: BaseIdentity) -> None:
     """Refuse a device whose disk would not take the states of whole reward models.
 
     Raises:
-        NotEnoughDiskError: If they would take more than is free.
+        NotEnoughDiskError: If they would take more than is free, whatever the run's codec is.
     """
     rewards = len(find_method(client.method).objectives)
-    check_disk(
-        whole_states(identity.parameters, rewards, lossy=True),  # the run says which codec
-        client.folder,
-        what="what this device keeps of whole reward models",
-        remedies=[
-            "name a folder on a larger disk",
-            "give reward_shares = 'adapters' or 'head' here and in the run",
-        ],
-    )
+
+    def check(*, lossy: bool) -> None:
+        check_disk(
+            whole_states(identity.parameters, rewards, lossy=lossy),
+            _folder(client),
+            what="what this device keeps of whole reward models",
+            remedies=[
+                "name a folder on a larger disk",
+                "give reward_shares = 'adapters' or 'head' here and in the run",
+            ],
+        )
+
+    check(lossy=False)
+    try:
+        check(lossy=True)
+    except NotEnoughDiskError as err:
+        log.warning("if the run's codec is lossy: %s", err)
 
 
 def _preferences(client: Client) -> Preferences:

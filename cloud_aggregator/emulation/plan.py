@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cloud_aggregator.cohort import CohortRule
+from cloud_aggregator.cohort import CohortRule, least_there
 from cloud_aggregator.emulation.fleet import (
     ClientSpec,
     FleetPlan,
@@ -81,13 +81,16 @@ def plan_run(experiment: Experiment, folder: RunFolder) -> Planned:
     )
     reads = "reward" in experiment.stage_names and bool(find_method(experiment.method).objectives)
     encoder = identify_encoder(experiment.reward_trunk) if reads else None
+    fleet = plan_fleet(experiment, identity, dataset, preferences, encoder)
+    if presence := presence_of(experiment, names := _names(fleet), experiment.seed):
+        presence.moment(0.0, names, least_there(experiment.rules, _cohort(experiment)))
     return Planned(
         experiment=experiment,
         identity=identity,
         encoder=encoder,
         dataset=dataset,
         preferences=preferences,
-        fleet=plan_fleet(experiment, identity, dataset, preferences, encoder),
+        fleet=fleet,
         binding=binding(identity, experiment.placement),
         workers=_worker_count(experiment),
         folder=folder,
@@ -130,23 +133,30 @@ def check_plan_disk(planned: Planned) -> None:
     """
     experiment, fleet = planned.experiment, planned.fleet
     devices = [client.device for client in fleet.clients]
+    lossy = experiment.codec != "fp32"
     clients = sum(
-        kept_states(d.trainable_parameters, d.trainable_parameters - d.shared_parameters)
+        kept_states(
+            d.trainable_parameters, d.trainable_parameters - d.shared_parameters, lossy=lossy
+        )
         for d in devices
     )
     whole = experiment.reward_shares == "all" and bool(fleet.clients[0].own.train)
     if whole:
         rewards = len(find_method(experiment.method).objectives)
-        lossy = experiment.codec != "fp32"
         clients += len(devices) * whole_states(planned.identity.parameters, rewards, lossy=lossy)
-    rounds = sum(4 * part.size * experiment.rounds_of(name) for name, part in fleet.layouts.items())
+    kept = experiment.keep_states or experiment.total_rounds
+    states = sum(
+        4 * layout.size * min(experiment.rounds_of(name), kept)
+        for name, layout in fleet.layouts.items()
+    )
     check_disk(
-        clients + rounds,
+        clients + states,
         planned.folder.path,
         what=f"what {len(devices)} clients and {experiment.total_rounds} rounds keep",
         remedies=[
             "give --out on a larger disk",
             *(["--reward-shares adapters or head"] if whole else []),
+            *(["--keep-states 1"] if kept > 1 else []),
             "fewer --clients",
             "a smaller --lora-rank",
         ],
@@ -306,11 +316,13 @@ def run_settings(planned: Planned) -> RunSettings:
         cohort=_cohort(experiment),
         refuses_hopeless_deadline=True,
         waits_for_channel=experiment.upload_policy == "wait",
-        presence=presence_of(
-            experiment, [c.device.id for c in planned.fleet.clients], experiment.seed
-        ),
+        presence=presence_of(experiment, _names(planned.fleet), experiment.seed),
         patience_seconds=_PATIENCE_SECONDS,
     )
+
+
+def _names(fleet: FleetPlan) -> list[str]:
+    return [client.device.id for client in fleet.clients]
 
 
 def _cohort(experiment: Experiment) -> CohortRule | None:

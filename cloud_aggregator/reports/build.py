@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cloud_aggregator.counting_words import counting_lines
 from cloud_aggregator.fairness import fairness_lines, gap
 from cloud_aggregator.methods import METHODS
-from cloud_aggregator.records import RunRecord
+from cloud_aggregator.records import RunRecord, modelled_seconds
 from cloud_aggregator.reports import (
     comparison,
     cost_plots,
@@ -211,7 +211,7 @@ def _several(runs: Sequence[tuple[str, RunRecord]]) -> dict[str, Any]:
                 "worst": comparison.worst_text(alone),
                 "gap": gap(alone.summary.eval_accuracy_after, alone.summary.others_accuracy_after),
                 "wall_seconds": sum(r.observed.wall_seconds for r in run.rounds),
-                "virtual_seconds": sum(r.virtual_seconds for r in run.rounds),
+                "virtual_seconds": modelled_seconds(run.rounds),
             }
             for (name, run), (_, alone) in zip(runs, learned, strict=True)
         ],

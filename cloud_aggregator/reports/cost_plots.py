@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from cloud_aggregator.records import ClientRound, RunRecord
+from cloud_aggregator.records import ClientRound, RunRecord, modelled_seconds
 from cloud_aggregator.reports import words
 from cloud_aggregator.reports.axes import bar_end, cut, line, name_rows, rounds_axis, row_height
 from cloud_aggregator.reports.canvas import SERIES, THIRD, Chart, Key, Mark, colour, draw
@@ -74,8 +74,10 @@ def seconds_per_round(run: RunRecord, source: str) -> Chart:
     """Return the virtual duration of each round: what a fleet would have taken."""
     title = f"Virtual time per round ({source})"
     seconds = [record.virtual_seconds for record in run.rounds]
-    total = words.duration(sum(seconds))
-    caption = f"From the task to the new state on the slowest device. Total: {total}."
+    total = words.duration(modelled_seconds(run.rounds))
+    waited = sum(record.waited_seconds for record in run.rounds)
+    among = f", {words.duration(waited)} of it waiting for devices" if waited else ""
+    caption = f"From the task to the new state on the slowest device. Total: {total}{among}."
     if not any(seconds):
         return Chart(title=title, caption="Virtual time: no round is finished.")
 

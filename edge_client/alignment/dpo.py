@@ -11,6 +11,7 @@ Source: Rafailov et al., Direct preference optimization, 2023, equation 7; the w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,7 @@ class DpoFigures:
 
     Attributes:
         steps: Updates taken.
+        pairs: That were looked at, each once under the reference.
         loss: Weighted, nats a pair.
         accuracy: Share of pairs whose chosen side had gained more than the rejected one; equal
             gains, as before the first update, count half.
@@ -53,6 +55,7 @@ class DpoFigures:
     """
 
     steps: int
+    pairs: int
     loss: float
     accuracy: float
     margin: float
@@ -88,18 +91,18 @@ def dpo_steps(
         raise InputError("no preference pairs to train on; give this client at least one")
     check_weights(weights, sorted({pair.objective for pair in pairs}))
     sides = [[pair.chosen, pair.rejected] for pair in pairs]
+    size = min(settings.batch_size, len(pairs))
+    order = [*training_order(len(pairs), settings.steps, size, stream(seed, "pairs", *words))]
+    used = sorted({i for indices in order for i in indices})
     with values_of(model, reference):
-        before = torch.stack(
-            [_totals(model, both, settings.temperature, settings.most_tokens) for both in sides]
-        )  # (pairs, 2)
+        known = [
+            _totals(model, [side for i in part for side in sides[i]], settings).view(-1, 2)
+            for part in (used[start : start + size] for start in range(0, len(used), size))
+        ]
+    before = known[0].new_full((len(pairs), 2), math.nan)  # of those that no step looks at
+    before[used] = torch.cat(known)
     by_pair = before.new_tensor([weights[pair.objective] for pair in pairs])
     seen: list[Tensor] = []
-    order = training_order(
-        len(pairs),
-        settings.steps,
-        min(settings.batch_size, len(pairs)),
-        stream(seed, "pairs", *words),
-    )
     for indices in order:
         batch = [sides[i] for i in indices]
         start = 0
@@ -120,6 +123,7 @@ def dpo_steps(
     losses, margins = torch.cat(seen, dim=1).double()
     return DpoFigures(
         steps=settings.steps,
+        pairs=len(used),
         loss=float(losses.mean()),
         accuracy=float(((margins.sign() + 1) / 2).mean()),
         margin=float(margins.mean()),
@@ -152,12 +156,11 @@ class _Weigh:
         return both.repeat_interleave(lengths)
 
 
-def _totals(
-    model: PackedModel, examples: Sequence[Encoded], temperature: float, most_tokens: int | None
-) -> Tensor:
+def _totals(model: PackedModel, examples: Sequence[Encoded], settings: DpoSettings) -> Tensor:
     """Return the log-probability of each whole response. Shape (examples,)."""
     lengths = [len(e.tokens) - e.response_start for e in examples]
-    return _sums(all_log_probabilities(model, examples, temperature, most_tokens), lengths)
+    found = all_log_probabilities(model, examples, settings.temperature, settings.most_tokens)
+    return _sums(found, lengths)
 
 
 def _sums(actions: Tensor, lengths: Sequence[int]) -> Tensor:

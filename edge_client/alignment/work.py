@@ -260,7 +260,7 @@ class AlignmentWork:
             weight=self._policy.device.examples,
             tokens=round(rows * length),
             rows=rows,
-            read_tokens=round(2 * len(pairs) * length),
+            read_tokens=round(2 * done.pairs * length),
         )
 
     def _compared(self, objective: Objective, pair: Pair, task: Task) -> Compared:

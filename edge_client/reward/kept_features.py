@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _NAME = "features"
 _MOST_BYTES = 1 << 30
+_OWN = re.compile("[0-9a-f]{64}")  # the folder is the user's
 _VERSION = 1  # of what is computed: one more wherever features of the same examples change
 
 
@@ -82,7 +84,8 @@ def _keep(path: Path, found: Tensor) -> None:
 def _drop_oldest(folder: Path, newest: Path) -> None:
     """Drop files until a folder holds no more than it may; other processes may do the same."""
     with contextlib.suppress(OSError):  # one that another process dropped
-        there = [(p.stat(), p) for p in folder.glob("*.safetensors") if p != newest]
+        own = (p for p in folder.glob("*.safetensors") if _OWN.fullmatch(p.stem))
+        there = [(p.stat(), p) for p in own if p != newest]
         held = newest.stat().st_size
         for found, path in sorted(there, key=lambda each: -each[0].st_mtime_ns):
             held += found.st_size

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cloud_aggregator.experiment import load_experiment
+from cloud_aggregator.emulation.emulate import emulate
+from cloud_aggregator.experiment import Experiment, load_experiment
 from cloud_aggregator.presence import Moment, PresenceKeys, Traced, presence_of
 from device_profiles.availability import DAY_SECONDS, Places, Presence
 from device_profiles.errors import InputError
 from device_profiles.fading import Floats
 
+ALWAYS = {"availability": "always"}
 NAMES = [f"d{number:02d}" for number in range(40)]
 
 
@@ -41,14 +44,18 @@ class Shifts:
 
 def test_a_round_begins_at_the_first_moment_with_enough_devices() -> None:
     traced = Traced(["c", "a", "b"], Shifts((0, 10), (4, 6), (8, 20)))  # a, b, c
-    assert traced.moment(0.0, ["a", "b", "c"], 1) == Moment(at=0.0, stays={"a": 10.0})
-    assert traced.moment(0.0, ["a", "b", "c"], 2) == Moment(at=4.0, stays={"a": 6.0, "b": 2.0})
-    # at 6 b has left, so the two are a and c
-    assert traced.moment(6.0, ["a", "b", "c"], 2) == Moment(at=8.0, stays={"a": 2.0, "c": 12.0})
-    assert traced.moment(5.0, ["c"], 1) == Moment(at=8.0, stays={"c": 12.0})
-    assert traced.moment(5.0, [], 3) == Moment(at=5.0, stays={})
-    # one that is there alone is all that two can be asked of
-    assert traced.moment(12.0, ["c"], 2) == Moment(at=12.0, stays={"c": 8.0})
+    everyone = ["a", "b", "c"]
+    for at, names, least, found in (
+        (0.0, everyone, 1, Moment(at=0.0, waited=0.0, stays={"a": 10.0})),
+        (0.0, everyone, 2, Moment(at=4.0, waited=4.0, stays={"a": 6.0, "b": 2.0})),
+        # at 6 b has left, so the two are a and c
+        (6.0, everyone, 2, Moment(at=8.0, waited=2.0, stays={"a": 2.0, "c": 12.0})),
+        (5.0, ["c"], 1, Moment(at=8.0, waited=3.0, stays={"c": 12.0})),
+        (5.0, [], 3, Moment(at=5.0, waited=0.0, stays={})),
+        # one that is there alone is all that two can be asked of
+        (12.0, ["c"], 2, Moment(at=12.0, waited=0.0, stays={"c": 8.0})),
+    ):
+        assert traced.moment(at, names, least) == found
 
 
 def test_devices_that_never_are_there_at_once_are_told() -> None:
@@ -86,7 +93,7 @@ def test_moments_are_of_the_trace_and_belong_to_seed_and_time_alone(trace: str) 
         ({"availability": "diurnal", "on_hours": 1.0}, "on_hours = 1.0 belongs to .* 'churn'"),
         ({"availability": "diurnal", "night_hours": 25.0}, "night_hours = 25.0; give above 0"),
         ({"availability": "churn", "weibull_shape": 0.0}, "weibull_shape = 0.0; give 0.1 to 10"),
-        ({"availability": "battery"}, "availability"),
+        ({"availability": "battery"}, "availability = 'battery'"),
     ],
 )
 def test_keys_out_of_their_range_or_of_another_trace_are_told(
@@ -97,6 +104,25 @@ def test_keys_out_of_their_range_or_of_another_trace_are_told(
 
 
 def test_an_experiment_without_a_trace_is_named_as_before() -> None:
-    plain = load_experiment(None, {"seed": 3})
-    assert plain.availability is None
+    plain, always = (load_experiment(None, {"seed": 3, **w}) for w in ({}, ALWAYS))
+    assert plain == always
     assert plain.run_name != load_experiment(None, {"seed": 3, "availability": "churn"}).run_name
+
+
+def test_nights_of_a_whole_day_have_no_end() -> None:
+    keys = PresenceKeys(availability="diurnal", night_hours=24.0)
+    presence = presence_of(keys, NAMES, 5)
+    assert presence is not None
+    found = presence.moment(12345.0, NAMES, len(NAMES))
+    assert found == Moment(at=12345.0, waited=0.0, stays=dict.fromkeys(NAMES, math.inf))
+
+
+def test_a_quorum_that_never_is_there_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    experiment = Experiment(
+        clients=10, cohort=10, partition="iid", availability="diurnal", night_hours=1.0
+    )
+    with pytest.raises(InputError, match="10 of 10 devices are not there at once"):
+        emulate(experiment, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -207,7 +207,8 @@ def test_who_is_not_there_is_not_asked_and_who_leaves_early_does_not_count(stage
     """A has its update there after 1.5 s, b after 2.5 s; b stays for 2 s, and c is away."""
     stage.host(*three())
     presence = Scripted(
-        Moment(at=10.0, stays={"a": 60.0, "b": 2.0}), Moment(at=90.0, stays={"c": 3.5})
+        Moment(at=10.0, waited=10.0, stays={"a": 60.0, "b": 2.0}),
+        Moment(at=90.0, waited=59.0, stays={"c": 3.5}),
     )
     rules = RoundRules(quorum=1.0, deadline_seconds=20.0)
     record = stage.aggregator(settings_of(rules=rules, presence=presence)).run()
@@ -216,15 +217,15 @@ def test_who_is_not_there_is_not_asked_and_who_leaves_early_does_not_count(stage
     assert [c.status for c in first.clients] == ["aggregated", "lost", "skipped"]
     assert first.clients[1].reason == "away: it left 2 s after the round began"
     assert [c.status for c in second.clients] == ["skipped", "skipped", "aggregated"]
-    assert (first.began_seconds, second.began_seconds) == (10.0, 90.0)
+    assert (first.waited_seconds, second.waited_seconds) == (10.0, 59.0)
     # the round waited for b until its deadline, and the next begins when it was over
-    assert first.ended_seconds == 10.0 + 20.0 + first.clients[0].downlink_seconds
-    assert presence.asked == [(0.0, ["a", "b", "c"], 1), (first.ended_seconds, ["a", "b", "c"], 1)]
+    ended = 10.0 + 20.0 + first.clients[0].downlink_seconds
+    assert presence.asked == [(0.0, ["a", "b", "c"], 1), (ended, ["a", "b", "c"], 1)]
 
 
 def test_a_round_needs_as_many_there_as_its_quorum_of_the_cohort(stage: Stage) -> None:
     stage.host(*three())
-    presence = Scripted(Moment(at=0.0, stays={"b": 9.0, "c": 9.0}))
+    presence = Scripted(Moment(at=0.0, waited=0.0, stays={"b": 9.0, "c": 9.0}))
     record = stage.aggregator(
         settings_of(
             rounds=1,

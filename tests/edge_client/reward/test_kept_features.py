@@ -155,7 +155,9 @@ def test_what_was_not_asked_for_the_longest_goes_when_the_folder_is_full(
     asked(kept, 7)
     one = next(tmp_path.iterdir()).stat().st_size
     monkeypatch.setattr("edge_client.reward.kept_features._MOST_BYTES", 2 * one)
+    (tmp_path / "model.safetensors").write_bytes(b"the user's")
     for token in (8, 7, 9, 7, 8):  # 9 takes the place of 8, and 8 that of 9
         asked(kept, token)
     assert reads == [7, 8, 9, 8]
-    assert len([*tmp_path.iterdir()]) == 2
+    assert len([*tmp_path.iterdir()]) == 3
+    assert (tmp_path / "model.safetensors").exists()

@@ -56,6 +56,7 @@ def entry(power: Power, costs: Costs, *, waited: float, before: float | None) ->
         reasons={},
         waited=lambda _client: waited,
         folded=lambda: None,
+        moment=None,
     )
     report = Report(
         run="r",

@@ -15,7 +15,7 @@ from cloud_aggregator.methods import METHODS, find_method
 from cloud_aggregator.presence import PresenceKeys, presence_of
 from cloud_aggregator.restraint import RestraintSettings, check_restraint
 from cloud_aggregator.rounds import RoundRules
-from cloud_aggregator.stages import LEARNING_RATES, check_room
+from cloud_aggregator.stages import check_room
 from device_profiles.config_files import check, choose, read_toml
 from device_profiles.errors import InputError
 from device_profiles.link import PAPER_LINK, Link, profile_link
@@ -26,7 +26,7 @@ from device_profiles.reward_heads import BASE_TRUNK, check_trunk
 from device_profiles.stages import STAGES, parse_stages
 from messaging.chunks import CHUNK_BYTES, ChunkBytes
 from messaging.mqtt import parse_address
-from messaging.protocol import Algorithm, AlignmentSettings, Codec, Stage
+from messaging.protocol import LEARNING_RATES, Algorithm, AlignmentSettings, Codec, Stage
 
 _MOST = 1_000_000
 Positive = Annotated[int, Field(ge=1, le=_MOST)]
@@ -48,8 +48,7 @@ def _counts(value: object) -> object:
 
 
 def _alignment_rate(given: dict[str, Any]) -> float:
-    """Return the learning rate of an algorithm; of one that is none, any: it is refused."""
-    return LEARNING_RATES.get(given.get("algorithm", "ppo"), 0.0)
+    return LEARNING_RATES.get(given.get("algorithm", "ppo"), 0.0)  # one that is none is refused
 
 
 #: One number for every stage, or one a stage.

@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 from pydantic import BeforeValidator
 
-from device_profiles.availability import Availability, Churn, ChurnSettings, Nights, NightSettings
-from device_profiles.config_files import Config
+from cloud_aggregator.traces import TraceKeys
+from device_profiles.availability import Availability
+from device_profiles.config_files import check_belongs
 from device_profiles.errors import InputError
 
 _BELONGS = {
@@ -31,23 +32,15 @@ def _named(value: object) -> object:
     return None if value == "always" else value
 
 
-class PresenceKeys(Config):
-    """Keys of an experiment.
+class PresenceKeys(TraceKeys):
+    """Keys of an experiment, beside those of its trace.
 
     Attributes:
         availability: ``diurnal`` (at night, each in its time zone), ``churn`` (there and away in
             turn), or ``always``, which is what goes without saying.
-        night_hours: Of ``diurnal`` (8).
-        on_hours: Of ``churn``: how long a device stays on average (2).
-        off_hours: And how long it is away (2).
-        weibull_shape: Of the law of both; 1 is the exponential law (1).
     """
 
     availability: Annotated[Literal["diurnal", "churn"] | None, BeforeValidator(_named)] = None
-    night_hours: float | None = None
-    on_hours: float | None = None
-    off_hours: float | None = None
-    weibull_shape: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +48,16 @@ class Moment:
     """The beginning of a round.
 
     Attributes:
-        at: Seconds of modelled time since the run began.
-        waited: Of these, for how long fewer devices were there than it needs.
+        waited: Seconds for which fewer devices were there than it needs.
         stays: Who is there, and how many seconds each stays from then on.
     """
 
-    at: float
     waited: float
     stays: dict[str, float]
 
 
-class Presence(Protocol):
-    """When devices are there."""
+class WhoIsThere(Protocol):
+    """Which devices are there when."""
 
     def moment(self, at: float, names: Iterable[str], least: int) -> Moment:
         """Return the first moment from ``at`` on with at least ``least`` of these devices there."""
@@ -101,7 +92,7 @@ class Traced:
             if lacking <= 0:
                 rows = np.flatnonzero(here)
                 stays = {asked[r]: float(found.ends[r] - at) for r in rows}
-                return Moment(at=at, waited=at - began, stays=stays)
+                return Moment(waited=at - began, stays=stays)
             at = float(np.sort(found.begins[~here])[lacking - 1])
             if not math.isfinite(at):
                 break
@@ -118,25 +109,7 @@ def presence_of(keys: PresenceKeys, names: Sequence[str], seed: int) -> Traced |
         InputError: If a key is out of its range, or belongs to another trace.
     """
     for key, owner in _BELONGS.items():
-        if getattr(keys, key) is not None and keys.availability != owner:
-            raise InputError(
-                f"{key} = {getattr(keys, key)} belongs to availability '{owner}', and the run's is "
-                f"{_quoted(keys.availability)}; choose '{owner}', or leave {key} out"
-            )
+        check_belongs(keys, key, "availability", (owner,))
     if keys.availability is None:
         return None
-    if keys.availability == "diurnal":
-        night = NightSettings(**_given(keys, hours="night_hours"))
-        return Traced(names, Nights(len(names), seed, night))
-    churn = _given(keys, on_hours="on_hours", off_hours="off_hours", shape="weibull_shape")
-    return Traced(names, Churn(len(names), seed, ChurnSettings(**churn)))
-
-
-def _quoted(name: str | None) -> str:
-    return "not given" if name is None else f"'{name}'"
-
-
-def _given(keys: PresenceKeys, **names: str) -> dict[str, Any]:
-    """Return the keys that are given, by the names that they have in a trace's settings."""
-    found = {name: getattr(keys, key) for name, key in names.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    return Traced(names, keys.trace_of(keys.availability, len(names), seed))

@@ -14,7 +14,7 @@ from cloud_aggregator.health import parse_address
 from cloud_aggregator.methods import METHODS, find_method
 from cloud_aggregator.restraint import RestraintSettings, check_restraint
 from cloud_aggregator.rounds import RoundRules
-from cloud_aggregator.stages import LEARNING_RATES, check_room
+from cloud_aggregator.stages import check_room
 from device_profiles.config_files import Config, choose, load
 from device_profiles.errors import InputError
 from device_profiles.methods import RewardShares
@@ -23,7 +23,7 @@ from device_profiles.reward_heads import BASE_TRUNK, check_trunk
 from device_profiles.stages import parse_stages
 from messaging.chunks import CHUNK_BYTES, ChunkBytes
 from messaging.claims import CLAIM_ABOVE_BYTES
-from messaging.protocol import AlignmentSettings, Codec, Identifier
+from messaging.protocol import LEARNING_RATES, AlignmentSettings, Codec, Identifier
 from messaging.transfer import LimitsError, check_limits
 
 #: Of the environment: the address of the run's store, in place of the configuration's.

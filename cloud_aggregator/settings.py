@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from cloud_aggregator.cohort import CohortRule
 from cloud_aggregator.counting import Counting
-from cloud_aggregator.presence import Presence
+from cloud_aggregator.presence import WhoIsThere
 from cloud_aggregator.rounds import RoundRules
 from cloud_aggregator.stages import StagePlan
 from device_profiles.methods import ModuleShape
@@ -60,7 +60,7 @@ class RunSettings:
     known_clients: frozenset[str] | None = None
     cohort: CohortRule | None = None
     waits_for_channel: bool = False
-    presence: Presence | None = None
+    presence: WhoIsThere | None = None
     refuses_hopeless_deadline: bool = False
     counting: Counting = field(default_factory=Counting)
     keep_states: int | None = None

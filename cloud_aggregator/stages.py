@@ -16,18 +16,13 @@ from cloud_aggregator.restraint import RestraintSettings
 from cloud_aggregator.rounds import Convergence
 from device_profiles.errors import InputError
 from messaging.layout import Layout
-from messaging.protocol import Algorithm, AlignmentSettings, Stage
+from messaging.protocol import AlignmentSettings, Stage
 
 #: Why ``collapse`` takes a round back, for people.
 TAKEN_BACK = {
     "kl-limit": "the policy went further from stage 1 than kl_limit allows",
     "reward-collapse": "the reward fell below its beginning by more than reward_drop",
 }
-
-
-#: Of AdamW in alignment, where nobody says another: PPO and DPO take many updates of a batch each,
-#: RLOO one a step.
-LEARNING_RATES: dict[Algorithm, float] = {"ppo": 3e-4, "rloo": 1e-3, "dpo": 3e-4}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,27 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
     raise InputError(f"unknown {kind} '{name}'{choice} one of {', '.join(names)}")
 
 
+def check_belongs(record: object, key: str, choice: str, owners: Iterable[str]) -> None:
+    """Refuse a key of a record that belongs to a choice not made.
+
+    Args:
+        record: Has both.
+        key: Left out where it is None.
+        choice: Name of the key that it depends on.
+        owners: Choices that it belongs to.
+
+    Raises:
+        InputError: Naming both and the owners.
+    """
+    value, chosen = getattr(record, key), getattr(record, choice)
+    if value is not None and chosen not in owners:
+        made = "left out" if chosen is None else f"'{chosen}'"
+        raise InputError(
+            f"{key} = {value} with {choice} {made}; it belongs to "
+            f"{' and '.join(repr(owner) for owner in owners)}, leave it out"
+        )
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the file's content.
 

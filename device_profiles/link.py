@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from device_profiles.closed_forms import best_fixed_rate, effective_snr
-from device_profiles.config_files import choose
+from device_profiles.config_files import check_belongs, choose
 from device_profiles.errors import InputError
 from device_profiles.fading import FADINGS, MOST_RICIAN_K, Fading
 from device_profiles.profile import Radio
@@ -83,7 +83,7 @@ class Link:
             raise InputError(
                 f"shadowing_db = {self.shadowing_db}; give 0 to {MOST_SHADOWING_DB:g} decibels"
             )
-        self._belongs("rician_k", "fading", self.fading, ("rician",))
+        check_belongs(self, "rician_k", "fading", ("rician",))
         if self.fading == "rician":
             if self.rician_k is None:
                 raise InputError(f"rician_k is missing; give 0 to {MOST_RICIAN_K:g}, a power ratio")
@@ -109,8 +109,8 @@ class Link:
             )
 
     def _check_scheme(self) -> None:
-        self._belongs("rate_bits_per_hz", "scheme", self.scheme, ("fixed-rate", "outage"))
-        self._belongs("cut_off_gain", "scheme", self.scheme, ("inversion",))
+        check_belongs(self, "rate_bits_per_hz", "scheme", ("fixed-rate", "outage"))
+        check_belongs(self, "cut_off_gain", "scheme", ("inversion",))
         self._above_0("rate_bits_per_hz", "cut_off_gain")
         if self.scheme == "outage" and self.rate_bits_per_hz is None:
             raise InputError(
@@ -123,14 +123,6 @@ class Link:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} = {value}; give a value above 0")
-
-    def _belongs(self, name: str, choice: str, chosen: str, owners: tuple[str, ...]) -> None:
-        value: Any = getattr(self, name)
-        if value is not None and chosen not in owners:
-            raise InputError(
-                f"{name} = {value} with {choice} '{chosen}'; it belongs to "
-                f"{' and '.join(repr(owner) for owner in owners)}, leave it out"
-            )
 
     @property
     def snr(self) -> float:

@@ -40,7 +40,8 @@ def client(path: Path, verbose: bool, log_level: str | None, log_format: logs.Fo
     The device keeps its LoRA modules, its text and its optimiser in the configured folder; the
     adapters alone are uploaded. Ctrl-C leaves in good order; started again, it goes on.
     """
-    from edge_client.service import load_client, take_part
+    from edge_client.service import take_part
+    from edge_client.service_config import load_client
 
     logs.start(log_format, log_level or ("debug" if verbose else "info"))
     stopped = threading.Event()

@@ -20,7 +20,7 @@ class FreedMemory:
     """When to give it back: what is given back, the next piece of work has to be given again.
 
     Batches of ever other sizes leave holes that glibc keeps: a worker on the bundled base grew from
-    0.6 GB to 1.1 GB in forty pieces of work while nothing was given back. Yet after each piece it
+    0.6 GB to 1.1 GB in four rounds while nothing was given back. Yet after each piece it
     took a ninth of the time of training, in new pages. So it is done now and then, and where work
     does not follow on work. Callable from any thread.
 

@@ -206,6 +206,11 @@ class ResponseFigures(Record):
     drift: Score = 0.0
 
 
+#: Of AdamW in alignment, where nobody says another: PPO and DPO take many updates of a batch each,
+#: RLOO one a step.
+LEARNING_RATES: dict[Algorithm, float] = {"ppo": 3e-4, "rloo": 1e-3, "dpo": 3e-4}
+
+
 class AlignmentSettings(Record):
     """How a device aligns its model.
 

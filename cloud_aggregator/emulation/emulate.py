@@ -16,8 +16,6 @@ from cloud_aggregator.emulation.airtime import airtime_lines
 from cloud_aggregator.emulation.broker_watch import watch_broker
 from cloud_aggregator.emulation.nursery import dismiss, take
 from cloud_aggregator.emulation.plan import (
-    check_plan_disk,
-    check_plan_memory,
     plan_run,
     run_config,
     run_record,
@@ -25,6 +23,7 @@ from cloud_aggregator.emulation.plan import (
     worker_specs,
 )
 from cloud_aggregator.emulation.pool import WorkerPool
+from cloud_aggregator.emulation.room import check_room
 from cloud_aggregator.experiment import Experiment, check_experiment, check_same
 from cloud_aggregator.records import RunRecord
 from cloud_aggregator.run_folder import RunFolder
@@ -86,8 +85,7 @@ def emulate(
         else:
             dismiss()
         planned = plan_run(experiment, folder)
-        check_plan_memory(planned)
-        check_plan_disk(planned)
+        check_room(planned)
         record = run_record(planned, resume=resume)
         store = stack.enter_context(Store(folder.path, experiment.run_name))
         tracked = stack.enter_context(open_trackers(track, folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,31 +18,15 @@ from cloud_aggregator.emulation.fleet import (
     stage_plans,
 )
 from cloud_aggregator.experiment import Experiment, stored
-from cloud_aggregator.presence import presence_of
+from cloud_aggregator.presence import Traced, presence_of
 from cloud_aggregator.records import DataRecord, RunRecord, encoder_record, model_record
 from cloud_aggregator.run_folder import RunFolder, read_record
 from cloud_aggregator.settings import RunSettings
 from device_profiles.errors import InputError
-from device_profiles.families import GPT2
 from device_profiles.methods import find_method
 from edge_client.data.instructions import Dataset, load_instructions
 from edge_client.data.own_data import Preferences, load_sources
-from edge_client.device_record import held_bytes
-from edge_client.preflight import (
-    check_disk,
-    check_memory,
-    client_memory,
-    encoder_memory,
-    fleet_bytes,
-    free_memory,
-    kept_states,
-    reward_memory,
-    step_shape,
-    whole_memory,
-    whole_states,
-)
 from messaging.layout import joint_sha256
-from quantization.checkpoint import look_through
 from quantization.encoder_identity import EncoderIdentity, identify_encoder
 from quantization.identity import BaseIdentity, binding, identify, require_gpt2
 
@@ -60,6 +44,7 @@ class Planned:
     dataset: Dataset
     preferences: Preferences
     fleet: FleetPlan
+    presence: Traced | None
     binding: str
     workers: int
     folder: RunFolder
@@ -82,7 +67,9 @@ def plan_run(experiment: Experiment, folder: RunFolder) -> Planned:
     reads = "reward" in experiment.stage_names and bool(find_method(experiment.method).objectives)
     encoder = identify_encoder(experiment.reward_trunk) if reads else None
     fleet = plan_fleet(experiment, identity, dataset, preferences, encoder)
-    if presence := presence_of(experiment, names := _names(fleet), experiment.seed):
+    names = [client.device.id for client in fleet.clients]
+    presence = presence_of(experiment, names, experiment.seed)
+    if presence is not None:  # so many as a round needs have to be there at some time
         presence.moment(0.0, names, least_there(experiment.rules, _cohort(experiment)))
     return Planned(
         experiment=experiment,
@@ -91,123 +78,11 @@ def plan_run(experiment: Experiment, folder: RunFolder) -> Planned:
         dataset=dataset,
         preferences=preferences,
         fleet=fleet,
+        presence=presence,
         binding=binding(identity, experiment.placement),
         workers=_worker_count(experiment),
         folder=folder,
     )
-
-
-#: Of the aggregator, on the same machine, for each parameter that travels: its sums in float64, an
-#: update and its bytes, and states. It counts where that is many.
-_CLOUD_BYTES = 40
-
-
-def check_plan_memory(planned: Planned) -> None:
-    """Refuse, before any worker starts, a run that the system would stop for its memory.
-
-    Raises:
-        NotEnoughMemoryError: If the workers would take more than is free.
-    """
-    if planned.identity.shape.family != GPT2:
-        return  # what the library's step takes is not modelled
-    whole = planned.experiment.reward_shares == "all"
-    check_memory(
-        _needed(planned),
-        free_memory(),
-        what=f"{planned.workers} worker(s) on {planned.identity.name}",
-        remedies=[
-            *(["give --workers 1"] if planned.workers > 1 else []),
-            *(["--reward-shares adapters or head"] if whole else []),
-            *(["--reward-trunk base"] if planned.encoder is not None else []),
-            "--precision int8 or nf4",
-            "a smaller --batch-size or --max-length",
-        ],
-    )
-
-
-def check_plan_disk(planned: Planned) -> None:
-    """Refuse, before anything is written, a run whose states the disk would not take.
-
-    Raises:
-        NotEnoughDiskError: If clients and rounds would keep more than is free.
-    """
-    experiment, fleet = planned.experiment, planned.fleet
-    devices = [client.device for client in fleet.clients]
-    lossy = experiment.codec != "fp32"
-    clients = sum(
-        kept_states(
-            d.trainable_parameters, d.trainable_parameters - d.shared_parameters, lossy=lossy
-        )
-        for d in devices
-    )
-    whole = experiment.reward_shares == "all" and bool(fleet.clients[0].own.train)
-    if whole:
-        rewards = len(find_method(experiment.method).objectives)
-        clients += len(devices) * whole_states(planned.identity.parameters, rewards, lossy=lossy)
-    kept = experiment.keep_states or experiment.total_rounds
-    states = sum(
-        4 * layout.size * min(experiment.rounds_of(name), kept)
-        for name, layout in fleet.layouts.items()
-    )
-    check_disk(
-        clients + states,
-        planned.folder.path,
-        what=f"what {len(devices)} clients and {experiment.total_rounds} rounds keep",
-        remedies=[
-            "give --out on a larger disk",
-            *(["--reward-shares adapters or head"] if whole else []),
-            *(["--keep-states 1"] if kept > 1 else []),
-            "fewer --clients",
-            "a smaller --lora-rank",
-        ],
-    )
-
-
-def _needed(planned: Planned) -> int:
-    """Return what the workers take at their peak, bytes; of whole trunks, the aggregator too."""
-    experiment, fleet, workers = planned.experiment, planned.fleet, planned.workers
-    shape = step_shape(
-        planned.identity,
-        look_through(planned.identity).heads,
-        adapter_size=fleet.modules.adapter_size,
-        placement=fleet.modules.placement,
-        lora_rank=fleet.modules.lora_rank,
-    )
-    devices = [client.device for client in fleet.clients]
-    worst = max(devices, key=lambda device: (device.lora_count, device.base_bytes))
-    precision = worst.precision.removesuffix("-dynamic")
-    one = client_memory(
-        shape,
-        worst.lora_count,
-        batch_size=experiment.batch_size,
-        max_length=experiment.max_length,
-        precision=precision,
-    )
-    bases = {device.precision for device in devices}
-    if fleet.clients[0].own.train:
-        bases.add(experiment.trunk_precision)
-    others = sum(held_bytes(planned.identity, p) for p in bases - {worst.precision})
-    needed = fleet_bytes(one, workers, precision) + workers * others
-    if fleet.clients[0].own.train and experiment.reward_shares == "adapters":
-        trunk = experiment.trunk_precision
-        learning = reward_memory(shape, max_length=experiment.max_length, precision=trunk)
-        rest = sum(held_bytes(planned.identity, p) for p in bases - {trunk})
-        policies = workers * (one.state + one.before + rest)
-        needed = max(needed, fleet_bytes(learning, workers, trunk) + policies)
-    if fleet.clients[0].own.train and experiment.reward_shares == "all":
-        rewards = len(find_method(experiment.method).objectives)
-        learning_all = whole_memory(
-            replace(shape, adapter_size=0),
-            planned.identity.parameters,
-            rewards,
-            max_length=experiment.max_length,
-        )
-        rest = sum(held_bytes(planned.identity, p) for p in bases)
-        needed = max(needed, workers * (learning_all + one.state + one.before + rest))
-        needed += _CLOUD_BYTES * fleet.layouts["reward"].size
-    if planned.encoder is not None:
-        needed += workers * encoder_memory(planned.encoder.parameters, planned.encoder.width)
-    return needed
 
 
 def _check_unchanged(record: RunRecord, planned: Planned) -> None:
@@ -316,13 +191,9 @@ def run_settings(planned: Planned) -> RunSettings:
         cohort=_cohort(experiment),
         refuses_hopeless_deadline=True,
         waits_for_channel=experiment.upload_policy == "wait",
-        presence=presence_of(experiment, _names(planned.fleet), experiment.seed),
+        presence=planned.presence,
         patience_seconds=_PATIENCE_SECONDS,
     )
-
-
-def _names(fleet: FleetPlan) -> list[str]:
-    return [client.device.id for client in fleet.clients]
 
 
 def _cohort(experiment: Experiment) -> CohortRule | None:

@@ -9,17 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cloud_aggregator.rounds import RoundRules
-from device_profiles.availability import (
-    Always,
-    Availability,
-    Batteries,
-    BatterySettings,
-    Churn,
-    ChurnSettings,
-    Nights,
-    NightSettings,
-)
-from device_profiles.config_files import Config, check, read_toml
+from cloud_aggregator.traces import TraceKeys, given
+from device_profiles.availability import Always, Availability, Batteries, BatterySettings
+from device_profiles.config_files import check, check_belongs, read_toml
 from device_profiles.errors import InputError
 from device_profiles.fading import Floats
 
@@ -44,7 +36,7 @@ _BELONGS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-class Simulation(Config):
+class Simulation(TraceKeys):
     """One simulated run; what is left out of a choice's own settings has the default named here.
 
     Attributes:
@@ -68,8 +60,8 @@ class Simulation(Config):
         mixing: Alpha of ``fedasync`` (0.6).
         staleness_exponent: a of its weight alpha * (1 + staleness)**-a (0.5).
         selection: How those who are asked are chosen among those who check in.
-        availability: When devices are there (``device_profiles/availability.py``); the six keys
-            after ``seed`` are its settings.
+        availability: When devices are there (``device_profiles/availability.py``); its settings are
+            ``TraceKeys`` and the two keys after ``seed``.
     """
 
     mode: Mode = "synchronous"
@@ -90,10 +82,6 @@ class Simulation(Config):
     selection: Selection = "uniform"
     availability: Trace = "always"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    night_hours: float | None = None
-    on_hours: float | None = None
-    off_hours: float | None = None
-    weibull_shape: float | None = None
     battery_threshold: float | None = None
     charge_watts: float | None = None
 
@@ -129,22 +117,13 @@ class Simulation(Config):
         Raises:
             InputError: If a setting of the trace is out of its range.
         """
-        night = NightSettings(**self._given(hours="night_hours"))
-        if self.availability == "diurnal":
-            return Nights(self.devices, self.seed, night)
-        if self.availability == "churn":
-            names = {"on_hours": "on_hours", "off_hours": "off_hours", "shape": "weibull_shape"}
-            return Churn(self.devices, self.seed, ChurnSettings(**self._given(**names)))
+        if self.availability in ("diurnal", "churn"):
+            return self.trace_of(self.availability, self.devices, self.seed)
         if self.availability == "battery":
-            names = {"threshold": "battery_threshold", "charge_watts": "charge_watts"}
-            battery = BatterySettings(night=night, **self._given(**names))
+            own = given(threshold=self.battery_threshold, charge_watts=self.charge_watts)
+            battery = BatterySettings(night=self.night, **own)
             return Batteries(capacity_joules, self.seed, battery)
         return Always()
-
-    def _given(self, **keys: str) -> dict[str, Any]:
-        """Return the settings that are given, by the names that they have elsewhere."""
-        found = {name: getattr(self, key) for name, key in keys.items()}
-        return {name: value for name, value in found.items() if value is not None}
 
 
 def load_simulation(path: Path | None, options: dict[str, Any]) -> Simulation:
@@ -158,12 +137,7 @@ def load_simulation(path: Path | None, options: dict[str, Any]) -> Simulation:
         Simulation, {**values, **options}, str(path) if path is not None else "options"
     )
     for key, (choice, owners) in _BELONGS.items():
-        value, chosen = getattr(settings, key), getattr(settings, choice)
-        if value is not None and chosen not in owners:
-            raise InputError(
-                f"{key} = {value} with {choice} '{chosen}'; it belongs to "
-                f"{' and '.join(repr(owner) for owner in owners)}, leave it out"
-            )
+        check_belongs(settings, key, choice, owners)
     if settings.cohort > settings.devices:
         raise InputError(
             f"cohort = {settings.cohort} of devices = {settings.devices}; choose at most as many "

@@ -95,12 +95,7 @@ def dpo_steps(
     order = [*training_order(len(pairs), settings.steps, size, stream(seed, "pairs", *words))]
     used = sorted({i for indices in order for i in indices})
     with values_of(model, reference):
-        known = [
-            _totals(model, [side for i in part for side in sides[i]], settings).view(-1, 2)
-            for part in (used[start : start + size] for start in range(0, len(used), size))
-        ]
-    before = known[0].new_full((len(pairs), 2), math.nan)  # of those that no step looks at
-    before[used] = torch.cat(known)
+        before = _before(model, sides, used, settings)
     by_pair = before.new_tensor([weights[pair.objective] for pair in pairs])
     seen: list[Tensor] = []
     for indices in order:
@@ -154,6 +149,24 @@ class _Weigh:
         both = torch.stack([slopes, -slopes], 1).view(-1)  # chosen, rejected, chosen ...
         lengths = torch.tensor(self._lengths, device=both.device)
         return both.repeat_interleave(lengths)
+
+
+def _before(
+    model: PackedModel,
+    sides: Sequence[Sequence[Encoded]],
+    used: Sequence[int],
+    settings: DpoSettings,
+) -> Tensor:
+    """Return the log-probability of both sides of each pair; NaN for those that are not used.
+
+    Shape (pairs, 2).
+    """
+    size = settings.batch_size
+    parts = [used[start : start + size] for start in range(0, len(used), size)]
+    known = [_totals(model, [s for i in part for s in sides[i]], settings) for part in parts]
+    found = known[0].new_full((len(sides), 2), math.nan)
+    found[used] = torch.cat(known).view(-1, 2)
+    return found
 
 
 def _totals(model: PackedModel, examples: Sequence[Encoded], settings: DpoSettings) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import Field
 
 from device_profiles.config_files import Config
+from messaging.protocol import LEARNING_RATES
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Rate = Annotated[float, Field(gt=0, le=1)]
@@ -59,7 +60,7 @@ class RolloutSettings(Passes):
     kl_horizon: _Count = 1000
     clip: _Rate = 0.2
     most_kl: _Positive = 0.1
-    learning_rate: _Rate = 3e-4
+    learning_rate: _Rate = LEARNING_RATES["ppo"]
 
 
 class PpoSettings(RolloutSettings):
@@ -96,7 +97,7 @@ class RlooSettings(RolloutSettings):
     """
 
     samples: Annotated[int, Field(ge=2, le=1000)] = 4
-    learning_rate: _Rate = 1e-3
+    learning_rate: _Rate = LEARNING_RATES["rloo"]
     epochs: _Count = 1
     minibatches: _Count = 1
 
@@ -116,4 +117,4 @@ class DpoSettings(Passes):
     batch_size: _Count = 8
     beta: _Positive = 0.1
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
-    learning_rate: _Rate = 3e-4
+    learning_rate: _Rate = LEARNING_RATES["dpo"]

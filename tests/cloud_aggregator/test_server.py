@@ -207,8 +207,8 @@ def test_who_is_not_there_is_not_asked_and_who_leaves_early_does_not_count(stage
     """A has its update there after 1.5 s, b after 2.5 s; b stays for 2 s, and c is away."""
     stage.host(*three())
     presence = Scripted(
-        Moment(at=10.0, waited=10.0, stays={"a": 60.0, "b": 2.0}),
-        Moment(at=90.0, waited=59.0, stays={"c": 3.5}),
+        Moment(waited=10.0, stays={"a": 60.0, "b": 2.0}),
+        Moment(waited=59.0, stays={"c": 3.5}),
     )
     rules = RoundRules(quorum=1.0, deadline_seconds=20.0)
     record = stage.aggregator(settings_of(rules=rules, presence=presence)).run()
@@ -225,7 +225,7 @@ def test_who_is_not_there_is_not_asked_and_who_leaves_early_does_not_count(stage
 
 def test_a_round_needs_as_many_there_as_its_quorum_of_the_cohort(stage: Stage) -> None:
     stage.host(*three())
-    presence = Scripted(Moment(at=0.0, waited=0.0, stays={"b": 9.0, "c": 9.0}))
+    presence = Scripted(Moment(waited=0.0, stays={"b": 9.0, "c": 9.0}))
     record = stage.aggregator(
         settings_of(
             rounds=1,
@@ -734,6 +734,13 @@ class Deployed:
         self.start()
         self.measured(0)
 
+    def half_done(self) -> None:
+        """Let both devices appear and be asked to train, and the first give its update."""
+        self.begin()
+        self.a.expect_task("train", 1)
+        self.b.expect_task("train", 1)
+        assert self.a.upload(1.0, 1).kind == "DONE"
+
     def measured(self, round_: int) -> list[str]:
         """Let both devices report after a round; return what they were told of their updates."""
         tasks = [puppet.expect_task("evaluate", round_) for puppet in (self.a, self.b)]
@@ -756,12 +763,8 @@ def test_a_silent_device_is_lost_at_the_deadline_and_its_late_update_left_out(
     stage: Stage,
 ) -> None:
     run = Deployed(stage)
-    run.begin()
+    run.half_done()
     a, b = run.a, run.b
-
-    a.expect_task("train", 1)
-    b.expect_task("train", 1)
-    assert a.upload(1.0, 1).kind == "DONE"
     run.passes(DEADLINE - 1)
     assert not [t for t in run.events.all("task") if t["round"] == 1 and t["work"] == "evaluate"]
     run.passes(2)
@@ -799,14 +802,10 @@ def test_a_silent_device_is_lost_at_the_deadline_and_its_late_update_left_out(
 
 def test_the_deadline_of_an_open_round_goes_on_after_a_restart(stage: Stage) -> None:
     run = Deployed(stage, rounds=1)
-    run.begin()
-    a, b = run.a, run.b
-    a.expect_task("train", 1)
-    b.expect_task("train", 1)
-    assert a.upload(1.0, 1).kind == "DONE"
+    run.half_done()
     run.passes(DEADLINE - 10)
-    offer, _ = a.offer(1.0, round=1)
-    assert a.answer(offer.blob).kind == "DONE"  # said again: the time was looked at before
+    offer, _ = run.a.offer(1.0, round=1)
+    assert run.a.answer(offer.blob).kind == "DONE"  # said again: the time was looked at before
     run.server.stop()
     join(run.thread)
 

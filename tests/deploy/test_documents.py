@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from cloud_aggregator.guards import SecuritySection
 from cloud_aggregator.service_config import load_service
-from edge_client.service import SecuritySection as DeviceSecurity
-from edge_client.service import load_client
+from edge_client.service_config import SecuritySection as DeviceSecurity
+from edge_client.service_config import load_client
 from pwff import command
 
 ROOT = Path(__file__).parents[2]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,11 @@ from device_profiles.reward_heads import TrunkShape, head_tensors
 from edge_client import service
 from edge_client.data.instructions import kit_file
 from edge_client.host import Host
+from edge_client.preflight import NotEnoughDiskError
 from edge_client.reward.judging import reward_layout
 from edge_client.reward.reference import scoring
-from edge_client.service import Client, load_client, take_part
+from edge_client.service import take_part
+from edge_client.service_config import Client, load_client
 from edge_client.state import StateStore
 from messaging.chunks import Missing, chunk_count, make_chunk, parse_chunk
 from messaging.codecs import BlobHeader, decode_blob, encode_blob
@@ -506,3 +509,33 @@ def test_a_device_with_adapters_of_another_size_says_why_it_gave_up(
     with taking_part(load_client(write(adapter_size=5))) as result:
         (reason,) = result.result(WAIT_SECONDS)
     assert "shares other tensors than this device" in reason
+
+
+def test_whole_reward_models_that_the_disk_would_not_take_are_refused(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+
+    def almost_full(place: Path) -> SimpleNamespace:
+        asked.append(place)
+        return SimpleNamespace(free=1000)
+
+    monkeypatch.setattr("edge_client.preflight.shutil.disk_usage", almost_full)
+    pairs = {f"{name}_data": "kit" for name in OBJECTIVES}
+    client = Client(
+        **{
+            **settings, **pairs, "stages": "instruction,reward,alignment", "reward_shares": "all",
+            "trunk_precision": "fp32", "folder": tmp_path / "kept",
+        }
+    )  # fmt: skip
+    # of another run of this device: its states are no room for those of this one
+    other = tmp_path / "kept" / "other" / "state-000001.safetensors"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(bytes(10_000_000))
+    with pytest.raises(
+        NotEnoughDiskError, match="what this device keeps of whole reward models would take"
+    ):
+        take_part(client, lambda _host: None)
+    assert asked == [tmp_path / "kept"]
+    heads = client.model_copy(update={"reward_shares": "head", "broker": "mqtt://127.0.0.1:1"})
+    take_part(heads, lambda host: host.stop())  # heads have no such states

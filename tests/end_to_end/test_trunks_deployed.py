@@ -39,6 +39,37 @@ held_out_prompts = 2
 """
 
 
+DEVICES = ("one", "two")
+
+
+def write_configurations(what: str, folder: Path, url: str, base: Path) -> tuple[str, list[str]]:
+    """Write what the aggregator and two devices are started with; return their paths."""
+    same: dict[str, object] = {
+        "run": what, "broker": url, "stages": STAGES, "model": str(base), "adapter_size": 4,
+    }  # fmt: skip
+    if what == "encoder":
+        encoder = write_encoder(folder / "bert", positions=128, letters=True)
+        same["reward_trunk"] = str(encoder)
+    else:
+        same["reward_shares"] = what
+    small = {
+        "clients": 2, "minimum_clients": 2, "rounds": 1, "local_steps": 1, "batch_size": 2,
+        "codec": "fp32", "max_length": 64,
+    }  # fmt: skip
+    cloud = Path(configure("cloud.toml", folder, {**same, **small, "out": str(folder / "run")}))
+    cloud.write_text(cloud.read_text() + SECTIONS)
+    files = write_data(folder)
+    own = {
+        **same,
+        "data": files["data"],
+        "helpfulness_data": files["helpfulness"],
+        "harmlessness_data": files["harmlessness"],
+        "trunk_precision": "fp32" if what == "all" else "int8",
+    }
+    named = [{**own, "client": name, "folder": str(folder / name)} for name in DEVICES]
+    return str(cloud), [configure("laptop.toml", folder, each) for each in named]
+
+
 @pytest.mark.parametrize("what", ["adapters", "all", "encoder"])
 def test_a_device_killed_in_reward_learning_goes_on_to_the_end(
     what: str,
@@ -47,42 +78,8 @@ def test_a_device_killed_in_reward_learning_goes_on_to_the_end(
     tmp_path: Path,
     processes: list[subprocess.Popen[str]],
 ) -> None:
-    same: dict[str, object] = {
-        "run": what, "broker": broker, "stages": STAGES, "model": str(tiny_checkpoint),
-        "adapter_size": 4,
-    }  # fmt: skip
-    if what == "encoder":
-        encoder = write_encoder(tmp_path / "bert", positions=128, letters=True)
-        same["reward_trunk"] = str(encoder)
-    else:
-        same["reward_shares"] = what
-    config = Path(
-        configure(
-            "cloud.toml",
-            tmp_path,
-            {
-                **same, "out": str(tmp_path / "run"), "clients": 2, "minimum_clients": 2,
-                "rounds": 1, "local_steps": 1, "batch_size": 2, "codec": "fp32",
-                "max_length": 64,
-            },
-        )
-    )  # fmt: skip
-    config.write_text(config.read_text() + SECTIONS)
-    files = write_data(tmp_path)
-    own = [
-        configure(
-            "laptop.toml",
-            tmp_path,
-            {
-                **same, "client": name, "folder": str(tmp_path / name), "data": files["data"],
-                "helpfulness_data": files["helpfulness"],
-                "harmlessness_data": files["harmlessness"],
-                **({"trunk_precision": "fp32"} if what == "all" else {}),
-            },
-        )
-        for name in ("one", "two")
-    ]  # fmt: skip
-    cloud = start("aggregator", "--config", str(config))
+    config, own = write_configurations(what, tmp_path, broker, tiny_checkpoint)
+    cloud = start("aggregator", "--config", config)
     devices = [start("client", "--config", each) for each in own]
     processes += [cloud, *devices]
     for device in devices:
@@ -96,7 +93,7 @@ def test_a_device_killed_in_reward_learning_goes_on_to_the_end(
         finish(process)
     run = read_run(tmp_path / "run")
     assert [(r["stage"], r["accepted"]) for r in run["rounds"]] == [
-        (stage, ["one", "two"]) for stage in STAGES.split(",")
+        (stage, [*DEVICES]) for stage in STAGES.split(",")
     ]
     learned = load_file(tmp_path / "run" / "global" / "2" / "shared.safetensors")
     trunk = {name for name in learned if ".trunk." in name}

@@ -29,8 +29,6 @@ from messaging.protocol import Algorithm
 
 #: In the order of tables and figure.
 METHODS_OF_FIG5 = (OURS, "sfl", "pfl", "shepherd", "shepherd-aligned")
-
-
 #: PWFF aligned by another algorithm, after the same first stages: not of the paper, done where
 #: they are named.
 ABLATIONS: dict[str, Algorithm] = {"pwff-rloo": "rloo", "pwff-dpo": "dpo"}

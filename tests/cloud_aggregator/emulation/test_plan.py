@@ -18,11 +18,11 @@ def test_planning_a_run_and_checking_its_memory_loads_no_torch() -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from cloud_aggregator.emulation import emulate, plan\n"
+        "from cloud_aggregator.emulation import emulate, plan, room\n"
         "from cloud_aggregator.experiment import Experiment\n"
         "from cloud_aggregator.run_folder import RunFolder\n"
         "planned = plan.plan_run(Experiment(partition='iid'), RunFolder(Path('nowhere')))\n"
-        "plan.check_plan_memory(planned)\n"
+        "room.check_room(planned)\n"
         "heavy = {'torch', 'transformers', 'sklearn', 'ray'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -1,0 +1,120 @@
+"""Whether a device has the memory and the disk for what its configuration says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from device_profiles.families import GPT2
+from device_profiles.methods import find_method
+from edge_client.device_record import held_bytes
+from edge_client.preflight import (
+    check_disk,
+    check_memory,
+    client_memory,
+    encoder_memory,
+    free_memory,
+    reward_memory,
+    step_shape,
+    whole_memory,
+    whole_states,
+)
+from edge_client.service_config import Client
+from messaging.protocol import DeviceRecord
+from quantization.checkpoint import look_through
+from quantization.encoder_identity import EncoderIdentity
+from quantization.identity import BaseIdentity
+
+#: What an aggregator asks for if it says nothing else.
+_USUAL_BATCH, _USUAL_LENGTH = 4, 256
+
+
+def check_room(
+    client: Client,
+    identity: BaseIdentity,
+    device: DeviceRecord,
+    encoder: EncoderIdentity | None,
+) -> None:
+    """Refuse, before the base is loaded, what this machine has no room for.
+
+    Raises:
+        NotEnoughMemoryError: If training on a usual batch would take more than is free.
+        NotEnoughDiskError: If the states of whole reward models would.
+    """
+    _check_memory(client, identity, device, encoder)
+    if device.scoring and client.reward_shares == "all":
+        _check_disk(client, identity)
+
+
+def _check_memory(
+    client: Client,
+    identity: BaseIdentity,
+    device: DeviceRecord,
+    encoder: EncoderIdentity | None,
+) -> None:
+    """Refuse, before the base is loaded, a device that the system would stop for its memory.
+
+    Raises:
+        NotEnoughMemoryError: If training on a usual batch would take more than is free.
+    """
+    if identity.shape.family != GPT2:
+        return  # what the library's step takes is not modelled
+    shape = step_shape(
+        identity,
+        look_through(identity).heads,
+        adapter_size=device.adapter_size,
+        placement=client.placement,
+        lora_rank=device.lora_rank,
+    )
+    precision = device.precision.removesuffix("-dynamic")
+    usual = client_memory(
+        shape,
+        device.lora_count,
+        batch_size=_USUAL_BATCH,
+        max_length=_USUAL_LENGTH,
+        precision=precision,
+    )
+    other = device.scoring and client.trunk_precision != device.precision
+    needed = usual.total + (held_bytes(identity, client.trunk_precision) if other else 0)
+    if device.scoring and client.reward_shares == "adapters":
+        learning = reward_memory(
+            replace(shape, adapter_size=client.adapter_size),
+            max_length=_USUAL_LENGTH,
+            precision=client.trunk_precision,
+        )
+        policy = usual.state + usual.before + (usual.base if other else 0)
+        needed = max(needed, learning.total + policy)
+    if device.scoring and client.reward_shares == "all":
+        rewards = len(find_method(client.method).objectives)
+        bare = replace(shape, adapter_size=0)
+        learning_all = whole_memory(bare, identity.parameters, rewards, max_length=_USUAL_LENGTH)
+        needed = max(needed, learning_all + usual.state + usual.before + usual.base)
+    remedies = ["give precision = 'int8' or 'nf4'", "a smaller lora_count"]
+    if client.reward_shares == "all" and device.scoring:
+        remedies = ["give reward_shares = 'adapters' or 'head' here and in the run"]
+    elif encoder is not None:
+        needed += encoder_memory(encoder.parameters, encoder.width)
+        remedies.append("reward_trunk = 'base' here and in the run")
+    check_memory(
+        needed,
+        free_memory(),
+        what=f"training on {_USUAL_BATCH} examples of {_USUAL_LENGTH} tokens",
+        remedies=[*remedies, "free memory on this device"],
+    )
+
+
+def _check_disk(client: Client, identity: BaseIdentity) -> None:
+    """Refuse a device whose disk would not take the states of whole reward models.
+
+    Raises:
+        NotEnoughDiskError: If they would take more than is free, whatever the run's codec is.
+    """
+    rewards = len(find_method(client.method).objectives)
+    check_disk(
+        whole_states(identity.parameters, rewards, lossy=False),
+        client.place,
+        what="what this device keeps of whole reward models",
+        remedies=[
+            "name a folder on a larger disk",
+            "give reward_shares = 'adapters' or 'head' here and in the run",
+        ],
+    )

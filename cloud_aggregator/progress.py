@@ -62,11 +62,12 @@ def stage_words(stage: str, figures: Mapping[str, Any]) -> str:
 
 
 def _besides(round_: Mapping[str, Any]) -> str:
-    """Return what counted in a round besides its own updates, and what it has spent."""
-    late, spent = round_.get("stale"), round_.get("epsilon")
-    return (f" and {late} late" if late else "") + (
-        "" if spent is None else f", epsilon {spent:.2f}"
-    )
+    """Return what else is to be said: late updates, what it spent, and how long it waited."""
+    late, spent, waited = (round_.get(key) for key in ("stale", "epsilon", "waited_seconds"))
+    parts = [f" and {late} late"] if late else []
+    parts += [] if spent is None else [f", epsilon {spent:.2f}"]
+    parts += [f" after {waited:.0f} s without enough devices"] if waited else []
+    return "".join(parts)
 
 
 def say(console: Console, line: str) -> None:

@@ -91,6 +91,7 @@ def round_event(record: RoundRecord, spent: PrivacyRecord | None) -> dict[str, A
         "epsilon": spent.epsilon if spent else None,
         **record.global_.model_dump(),
         "upload_bytes": sum(c.upload_bytes for c in record.clients),
+        "waited_seconds": record.waited_seconds,
         "virtual_seconds": record.virtual_seconds,
         "wall_seconds": record.observed.wall_seconds,
         "retransmitted_bytes": record.observed.retransmitted_bytes,

@@ -95,7 +95,8 @@ def test_a_person_sees_late_updates_epsilon_and_who_was_replaced() -> None:
     figures = dict.fromkeys(GlobalRound.model_fields)
     view(
         "round", stage="instruction", round=1, accepted=2, clients=3, taken_back="", stale=1,
-        epsilon=1.234, waited_seconds=90.0, upload_bytes=0, virtual_seconds=1.0, wall_seconds=1.0, **figures,
+        epsilon=1.234, waited_seconds=90.0, upload_bytes=0,
+        virtual_seconds=1.0, wall_seconds=1.0, **figures,
     )  # fmt: skip
     assert "'a' vanished; 'c' is asked in its place" in out.getvalue()
     assert (

@@ -40,22 +40,6 @@ def check_room(
         NotEnoughMemoryError: If training on a usual batch would take more than is free.
         NotEnoughDiskError: If the states of whole reward models would.
     """
-    _check_memory(client, identity, device, encoder)
-    if device.scoring and client.reward_shares == "all":
-        _check_disk(client, identity)
-
-
-def _check_memory(
-    client: Client,
-    identity: BaseIdentity,
-    device: DeviceRecord,
-    encoder: EncoderIdentity | None,
-) -> None:
-    """Refuse, before the base is loaded, a device that the system would stop for its memory.
-
-    Raises:
-        NotEnoughMemoryError: If training on a usual batch would take more than is free.
-    """
     if identity.shape.family != GPT2:
         return  # what the library's step takes is not modelled
     shape = step_shape(
@@ -100,6 +84,8 @@ def _check_memory(
         what=f"training on {_USUAL_BATCH} examples of {_USUAL_LENGTH} tokens",
         remedies=[*remedies, "free memory on this device"],
     )
+    if device.scoring and client.reward_shares == "all":
+        _check_disk(client, identity)
 
 
 def _check_disk(client: Client, identity: BaseIdentity) -> None:

@@ -23,8 +23,8 @@ help: ## list the targets
 demo: $(STAMP) ## run a fleet of emulated devices over MQTT, with all defaults, and name the report
 	$(BIN)/pwff emulate
 
-test: $(STAMP) ## run every test but those of test-faults
-	$(BIN)/python -m pytest -m "not faults"
+test: $(STAMP) ## run every test but those of test-faults, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults"
 
 test-faults: $(STAMP) ## kill, cut and spoil a run in every way, on a real mosquitto
 	$(BIN)/python -m pytest -m faults tests/faults

@@ -100,12 +100,9 @@ def shop() -> Iterator[Shop]:
 @contextmanager
 def open_s3() -> Iterator[str]:
     """Serve S3 from memory until the block ends; yield a bucket's address."""
-    for package in ("moto", "flask", "s3fs"):
+    for package in ("moto", "flask", "flask_cors", "s3fs"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(
-                f"{package} is not installed; `pip install s3fs 'moto[server]'` in an environment "
-                "without this project's constraints (botocore holds python-dateutil below 3)"
-            )
+            pytest.skip(f"{package} is not installed; the extra dev brings it")
     import boto3
     from moto.server import ThreadedMotoServer
 

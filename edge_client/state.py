@@ -4,12 +4,18 @@ LoRA (and adapters, where the method shares none), optimiser moments, what a sta
 (critics, say), and the error that lossy uploads left behind. One safetensors file a round, written
 atomically; the two newest are kept, so that a round that is asked for again starts from the state
 before it. Once alignment has begun, the policy of stage 1 is there too.
+
+In a file, tensors of a kind are one flat array, and the header has their names and shapes: what
+lies together in memory, as a training leaves it, is written as it lies, and read back at once.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +34,7 @@ _REFERENCE = "stage-1.safetensors"
 TRAINING_FILE = "training-under-way"
 #: Group of a state's extra tensors: the device's personal model, where it keeps one apart.
 COPY = "ditto"
+_VECTORS = ("residual", "pending")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,28 +136,27 @@ class StateStore:
             InputError: If the file is damaged.
         """
         path = self._path(round_)
-        groups: dict[str, Tensors] = {n: {} for n in ("personal", "m", "v", "vector", "extra")}
         try:
             with safe_open(path, "np") as file:
                 meta = json.loads(file.metadata()["pwff"])
-                for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    group, _, name = key.partition("/")
-                    groups[group][name] = file.get_tensor(key)
+                flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
+            vectors = {name: flat.pop(name, None) for name in _VECTORS}
+            kinds = _named(flat, meta["tensors"])
             return ClientState(
                 round=meta["round"],
                 stage=meta["stage"],
-                personal=groups["personal"],
-                first_moments=groups["m"],
-                second_moments=groups["v"],
+                personal=kinds["personal"],
+                first_moments=kinds["m"],
+                second_moments=kinds["v"],
                 steps=meta["steps"],
-                residual=groups["vector"].get("residual"),
-                pending=groups["vector"].get("pending"),
-                extra=groups["extra"],
+                extra=kinds["extra"],
                 numbers=meta["numbers"],
+                **vectors,
             )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as err:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as err:
             raise InputError(
-                f"{path} is damaged; remove it to go on from the round before"
+                f"{path} is damaged, or of another version of pwff; remove it to go on from the "
+                "round before"
             ) from err
 
     def reference(self) -> Vector | None:
@@ -188,19 +194,28 @@ class StateStore:
         Raises:
             DiskError: If the disk does not take it; the states before are as they were.
         """
-        arrays = {f"personal/{n}": t for n, t in state.personal.items()}
-        arrays |= {f"m/{n}": t for n, t in state.first_moments.items()}
-        arrays |= {f"v/{n}": t for n, t in state.second_moments.items()}
-        arrays |= {f"extra/{n}": t for n, t in state.extra.items()}
-        for name in ("residual", "pending"):
+        kinds = {
+            "personal": state.personal,
+            "m": state.first_moments,
+            "v": state.second_moments,
+            "extra": state.extra,
+        }
+        groups: dict[str, Tensors] = {}
+        for kind, tensors in kinds.items():
+            for name, tensor in tensors.items():
+                group, _, own = f"{kind}/{name}".rpartition("/")
+                groups.setdefault(group, {})[own] = tensor
+        arrays = {group: _flat(tensors) for group, tensors in groups.items()}
+        for name in _VECTORS:
             vector = getattr(state, name)
             if vector is not None:
-                arrays[f"vector/{name}"] = vector
+                arrays[name] = vector
         said = {
             "round": state.round,
             "stage": state.stage,
             "steps": state.steps,
             "numbers": state.numbers,
+            "tensors": {g: [(n, t.shape) for n, t in ts.items()] for g, ts in groups.items()},
         }
         meta = {"pwff": json.dumps(said)}
         self._write(self._path(state.round), arrays, meta)
@@ -223,3 +238,50 @@ class StateStore:
     def _write(self, path: Path, arrays: Tensors, meta: dict[str, str]) -> None:
         whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         replace_file(path, lambda new: save_file(whole, new, metadata=meta))
+
+
+def _flat(tensors: Tensors) -> Vector:
+    """Return tensors one after the other; no copy where they are one run of memory already."""
+    arrays = [np.ascontiguousarray(tensor) for tensor in tensors.values()]
+    owner = arrays[0].base
+    if isinstance(owner, np.ndarray) and owner.flags.c_contiguous and owner.dtype == np.float32:
+        starts = [array.ctypes.data for array in arrays]
+        ends = [start + array.nbytes for start, array in zip(starts, arrays, strict=True)]
+        if starts[1:] == ends[:-1] and all(array.base is owner for array in arrays):
+            first = (starts[0] - owner.ctypes.data) // owner.itemsize
+            run: Vector = owner.reshape(-1)[first : first + sum(a.size for a in arrays)]
+            return run
+    return np.concatenate([array.reshape(-1) for array in arrays])
+
+
+def _named(
+    flat: Mapping[str, Vector], shapes: Mapping[str, Sequence[tuple[str, Sequence[int]]]]
+) -> dict[str, Tensors]:
+    """Return the tensors in flat arrays by kind and name.
+
+    Raises:
+        KeyError: If what there is is not what is named, or of no known kind.
+        ValueError: If an array has another size than its tensors together.
+    """
+    if flat.keys() != shapes.keys():
+        raise KeyError(f"{sorted(flat)} are there, {sorted(shapes)} are named")
+    kinds: dict[str, Tensors] = {kind: {} for kind in ("personal", "m", "v", "extra")}
+    for group, vector in flat.items():
+        kind, _, rest = group.partition("/")
+        start = f"{rest}/" if rest else ""
+        for name, tensor in _parted(vector, shapes[group]).items():
+            kinds[kind][start + name] = tensor
+    return kinds
+
+
+def _parted(vector: Vector, shapes: Sequence[tuple[str, Sequence[int]]]) -> Tensors:
+    """Return a flat array's tensors by name (views).
+
+    Raises:
+        ValueError: If they are not all of it.
+    """
+    ends = list(accumulate((math.prod(shape) for _, shape in shapes), initial=0))
+    if vector.shape != (ends[-1],):
+        raise ValueError(f"{vector.shape} values for tensors of {ends[-1]}")
+    parts = np.split(vector, ends[1:-1])
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes, parts, strict=True)}

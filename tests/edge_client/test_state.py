@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from device_profiles.errors import InputError
 from edge_client import disk
-from edge_client.state import ClientState, StateStore, entering, settled
+from edge_client.state import ClientState, StateStore, _flat, entering, settled
 from messaging.protocol import Outcome, Stage
 
 
@@ -113,6 +113,30 @@ def test_a_tensor_that_is_a_view_is_kept_with_its_own_values(tmp_path: Path) -> 
     assert np.array_equal(store.load(3).personal["a"], turned)
 
 
+def test_tensors_of_a_kind_are_one_flat_array_in_a_file(tmp_path: Path) -> None:
+    vector = np.arange(20, dtype=np.float32)
+    parts = {"b": vector[2:8].reshape(2, 3), "a": vector[8:9], "none": vector[9:9], "c": vector[9:]}
+    apart = {"x": vector[:4], "y": vector[5:9]}
+    extra = {"ditto/b": vector[:3], "ditto-m/b": vector[3:6], "critic/value/w": vector[6:]}
+    state = a_state(personal=parts, first_moments=apart, second_moments={}, extra=extra)
+    StateStore(tmp_path).save(state)
+    flat = load_file(tmp_path / "state-000003.safetensors")
+    assert set(flat) == {"personal", "m", "extra/ditto", "extra/ditto-m", "extra/critic/value"}
+    assert np.array_equal(flat["personal"], vector[2:])
+    assert np.array_equal(flat["m"], np.delete(vector[:9], 4))
+    kept = StateStore(tmp_path).load(3)
+    assert_same(kept, state)
+    assert list(kept.personal) == list(parts)
+    assert {id(t.base) for t in kept.personal.values()} == {id(kept.personal["b"].base)}
+
+
+def test_what_lies_in_one_run_of_memory_is_written_without_a_copy() -> None:
+    vector = np.arange(20, dtype=np.float32)
+    assert np.shares_memory(_flat({"a": vector[3:5], "b": vector[5:11].reshape(3, 2)}), vector)
+    for apart in ({"a": vector[3:5], "b": vector[6:8]}, {"b": vector[5:7], "a": vector[3:5]}):
+        assert not np.shares_memory(_flat(apart), vector)
+
+
 def test_the_newest_state_before_a_round_is_found(tmp_path: Path) -> None:
     store = StateStore(tmp_path)
     assert store.newest(before=1) is None
@@ -188,7 +212,12 @@ def test_a_write_that_is_broken_off_leaves_the_older_state_and_no_remains(
 
 def said(without: str = "") -> str:
     """Return a header, perhaps without one of its entries."""
-    header = {"round": 3, "stage": "instruction", "steps": 12, "numbers": {}}
+    shapes = {
+        "personal": [["a.lora_A.weight", [2, 3]]],
+        "m": [["a.lora_A.weight", [1, 2]]],
+        "v": [["a.lora_A.weight", [1, 2]]],
+    }
+    header = {"round": 3, "stage": "instruction", "steps": 12, "numbers": {}, "tensors": shapes}
     return json.dumps({key: value for key, value in header.items() if key != without})
 
 
@@ -223,15 +252,56 @@ def add_a_stranger(path: Path) -> None:
     save_file({**load_file(path), "other/a": VECTOR}, path, metadata=header)
 
 
+def keep_less_than_is_named(path: Path) -> None:
+    """Take a number away from a flat array."""
+    flat = load_file(path)
+    save_file({**flat, "personal": flat["personal"][:-1]}, path, metadata={"pwff": said()})
+
+
+def keep_more_than_is_named(path: Path) -> None:
+    """Add a number to a flat array."""
+    flat = load_file(path)
+    more = np.append(flat["personal"], np.float32(0))
+    save_file({**flat, "personal": more}, path, metadata={"pwff": said()})
+
+
+def keep_each_by_its_name(path: Path) -> None:
+    """Write tensors as they are."""
+    state = a_state()
+    arrays = {f"personal/{name}": tensor for name, tensor in state.personal.items()}
+    header = {k: v for k, v in json.loads(said()).items() if k != "tensors"}
+    save_file(arrays, path, metadata={"pwff": json.dumps(header)})
+
+
+def test_what_the_damages_keep_of_a_header_is_what_a_file_says(tmp_path: Path) -> None:
+    StateStore(tmp_path).save(a_state(3))
+    path = tmp_path / "state-000003.safetensors"
+    save_file(load_file(path), path, metadata={"pwff": said()})
+    assert_same(StateStore(tmp_path).load(3), a_state(3))
+
+
 @pytest.mark.parametrize(
-    "damage", [cut, empty, say_nothing, say_too_little, say_a_list, add_a_stranger]
+    "damage",
+    [
+        cut,
+        empty,
+        say_nothing,
+        say_too_little,
+        say_a_list,
+        add_a_stranger,
+        keep_less_than_is_named,
+        keep_more_than_is_named,
+        keep_each_by_its_name,
+    ],
 )
 def test_a_damaged_file_is_named_with_what_to_do_about_it(tmp_path: Path, damage: Any) -> None:
     store = StateStore(tmp_path)
     store.save(a_state(2))
     store.save(a_state(3))
     damage(tmp_path / "state-000003.safetensors")
-    with pytest.raises(InputError, match=r"state-000003\.safetensors is damaged; remove it"):
+    with pytest.raises(
+        InputError, match=r"state-000003\.safetensors is damaged, or of .*; remove it"
+    ):
         store.newest(before=4)
     (tmp_path / "state-000003.safetensors").unlink()
     found = store.newest(before=4)

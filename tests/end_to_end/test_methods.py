@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 from cloud_aggregator.emulation.emulate import emulate
 from cloud_aggregator.experiment import load_experiment
 from device_profiles.config_files import read_toml
+from edge_client.state import StateStore
 from tests.end_to_end.conftest import comparable, pwff, read_run
 
 ADAPTERS, MODULE, FACTOR = 36 * 148, 64, 32
@@ -256,13 +257,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
 
 def personal(kept: Kept) -> dict[str, set[str]]:
     """Return the names of the tensors that each client keeps, without its optimiser's."""
-    names: dict[str, set[str]] = {}
-    for path in sorted(kept.folder.glob("clients/*/state-000002.safetensors")):
-        state = load_file(path)
-        names[path.parent.name] = {
-            name.removeprefix("personal/") for name in state if name.startswith("personal/")
-        }
-    return names
+    folders = sorted((kept.folder / "clients").iterdir())
+    return {folder.name: set(StateStore(folder).load(2).personal) for folder in folders}
 
 
 def test_in_pwff_lora_stays_on_the_device_and_adapters_alone_travel(

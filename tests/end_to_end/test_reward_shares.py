@@ -18,6 +18,7 @@ from cloud_aggregator.server import Aggregator
 from device_profiles.config_files import read_toml
 from device_profiles.errors import InputError
 from device_profiles.modules import base_tensors
+from edge_client.state import StateStore
 from messaging.broker import embedded_kind
 from quantization.identity import identify
 from tests.end_to_end.conftest import comparable, read_run
@@ -66,8 +67,8 @@ def test_heads_and_adapters_travel_in_reward_learning_and_score_in_alignment(alo
 
 def test_critics_and_moments_of_reward_models_stay_on_the_device(alone: Path) -> None:
     for client in (alone / "clients").iterdir():
-        kept = load_file(client / "state-000004.safetensors")
-        critics = [name for name in kept if name.startswith("extra/critic/")]
+        kept = StateStore(client).load(4)
+        critics = [name for name in kept.extra if name.startswith("critic/")]
         assert critics
         assert not any(".trunk." in name for name in critics)  # the trunk's adapters are frozen
 

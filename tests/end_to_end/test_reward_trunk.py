@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.numpy import load_file
 
 from cloud_aggregator.emulation.emulate import emulate
 from cloud_aggregator.server import Aggregator
 from device_profiles.errors import InputError
+from edge_client.state import StateStore
 from messaging.broker import embedded_kind
 from quantization.errors import BaseModelError
 from tests.edge_client.reward.encoders import write_encoder
@@ -56,8 +56,8 @@ def test_heads_on_the_encoder_travel_and_score_and_critics_read_the_base(
     assert run["rounds"][-1]["global"]["weighted_reward"] is not None
     for client in run["clients"]:
         assert client["scoring"].startswith(f"int8+{run['encoder']['sha256'][:24]}:")
-        (state,) = (alone / "clients" / client["id"]).glob("state-000004.safetensors")
-        critics = {n: t.shape for n, t in load_file(state).items() if n.endswith("inner.weight")}
+        state = StateStore(alone / "clients" / client["id"]).load(4)
+        critics = {n: t.shape for n, t in state.extra.items() if n.endswith("inner.weight")}
         assert critics
         assert set(critics.values()) == {(64, 2 * 16 + 1)}
 

@@ -69,10 +69,12 @@ class _PaddedPasses:
         padded = make_batch(batch, self._model.base.end_token)
         self._model.drop = drop
         try:
-            logits = self._model.logits_at(padded.tokens, padded.places)  # (P, V)
+            # without a name for the logits they are gone before the way back
+            loss = torch.nn.functional.cross_entropy(
+                self._model.logits_at(padded.tokens, padded.places).float(), padded.targets
+            )
         finally:
             self._model.drop = None  # whoever measures next sees everything
-        loss = torch.nn.functional.cross_entropy(logits.float(), padded.targets)
         if self._parameters:
             parts = torch.autograd.grad(loss, self._parameters)
             self.values.grad = torch.cat([part.reshape(-1) for part in parts])

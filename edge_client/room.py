@@ -7,6 +7,7 @@ from dataclasses import replace
 from device_profiles.families import GPT2
 from device_profiles.methods import find_method
 from edge_client.device_record import held_bytes
+from edge_client.plain_memory import plain_memory
 from edge_client.preflight import (
     check_disk,
     check_memory,
@@ -26,6 +27,8 @@ from quantization.identity import BaseIdentity
 
 #: What an aggregator asks for if it says nothing else.
 _USUAL_BATCH, _USUAL_LENGTH = 4, 256
+_USUAL = f"training on {_USUAL_BATCH} examples of {_USUAL_LENGTH} tokens"
+_FREE = "free memory on this device"
 
 
 def check_room(
@@ -41,7 +44,8 @@ def check_room(
         NotEnoughDiskError: If the states of whole reward models would.
     """
     if identity.shape.family != GPT2:
-        return  # what the library's step takes is not modelled
+        _check_plain(client, identity, device)
+        return
     shape = step_shape(
         identity,
         look_through(identity).heads,
@@ -81,11 +85,34 @@ def check_room(
     check_memory(
         needed,
         free_memory(),
-        what=f"training on {_USUAL_BATCH} examples of {_USUAL_LENGTH} tokens",
-        remedies=[*remedies, "free memory on this device"],
+        what=_USUAL,
+        remedies=[*remedies, _FREE],
     )
     if device.scoring and client.reward_shares == "all":
         _check_disk(client, identity)
+
+
+def _check_plain(client: Client, identity: BaseIdentity, device: DeviceRecord) -> None:
+    """Refuse what a base of another family has no room for.
+
+    Raises:
+        NotEnoughMemoryError: If training on a usual batch would take more than is free.
+    """
+    needed = plain_memory(
+        identity,
+        adapter_size=device.adapter_size,
+        placement=client.placement,
+        lora_count=device.lora_count,
+        lora_rank=device.lora_rank,
+        batch_size=_USUAL_BATCH,
+        max_length=_USUAL_LENGTH,
+    )
+    check_memory(
+        needed.total,
+        free_memory(),
+        what=_USUAL,
+        remedies=["give a smaller base", "a smaller lora_count", _FREE],
+    )
 
 
 def _check_disk(client: Client, identity: BaseIdentity) -> None:

@@ -91,10 +91,32 @@ def load_base(identity: BaseIdentity) -> Base:
             f"'{sorted(notes['missing_keys'])[0]}' among them"
         )
     tokenizer = load_tokenizer(identity)
+    return Base(identity=identity, model=_frozen(model), tokenizer=tokenizer)
+
+
+def unloaded_model(identity: BaseIdentity) -> Any:
+    """Return a model as ``load_base`` does, with weights that nothing was read into.
+
+    Raises:
+        BaseModelError: If the library makes nothing of its configuration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(identity.folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as err:
+        raise BaseModelError(f"{identity.folder} cannot be loaded: {_line(err)}") from err
+    return _frozen(model)
+
+
+def _frozen(model: Any) -> Any:
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = False
-    return Base(identity=identity, model=model, tokenizer=tokenizer)
+    return model
 
 
 def _line(err: Exception) -> str:

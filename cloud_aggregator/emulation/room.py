@@ -8,6 +8,7 @@ from cloud_aggregator.emulation.plan import Planned
 from device_profiles.families import GPT2
 from device_profiles.methods import find_method
 from edge_client.device_record import held_bytes
+from edge_client.plain_memory import plain_memory, plain_memory_apart
 from edge_client.preflight import (
     check_disk,
     check_memory,
@@ -45,18 +46,17 @@ def _check_memory(planned: Planned) -> None:
     Raises:
         NotEnoughMemoryError: If the workers would take more than is free.
     """
-    if planned.identity.shape.family != GPT2:
-        return  # what the library's step takes is not modelled
     whole = planned.experiment.reward_shares == "all"
+    quantised = planned.identity.shape.family == GPT2
     check_memory(
-        _needed(planned),
+        _needed(planned) if quantised else _plain(planned),
         free_memory(),
         what=f"{planned.workers} worker(s) on {planned.identity.name}",
         remedies=[
             *(["give --workers 1"] if planned.workers > 1 else []),
             *(["--reward-shares adapters or head"] if whole else []),
             *(["--reward-trunk base"] if planned.encoder is not None else []),
-            "--precision int8 or nf4",
+            "--precision int8 or nf4" if quantised else "a smaller --model",
             "a smaller --batch-size or --max-length",
         ],
     )
@@ -98,6 +98,26 @@ def _check_disk(planned: Planned) -> None:
             "a smaller --lora-rank",
         ],
     )
+
+
+def _plain(planned: Planned) -> int:
+    """Return what the workers take where the base is of another family, bytes.
+
+    Weights are read, not mapped: each worker has its own.
+    """
+    modules, experiment = planned.fleet.modules, planned.experiment
+    # with a transport in memory, this process has the libraries in any case
+    count = plain_memory if experiment.transport == "memory" else plain_memory_apart
+    one = count(
+        planned.identity,
+        adapter_size=modules.adapter_size,
+        placement=modules.placement,
+        lora_count=max(client.device.lora_count for client in planned.fleet.clients),
+        lora_rank=modules.lora_rank,
+        batch_size=experiment.batch_size,
+        max_length=experiment.max_length,
+    )
+    return planned.workers * one.total
 
 
 def _needed(planned: Planned) -> int:

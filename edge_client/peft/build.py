@@ -39,7 +39,7 @@ def build_model(
         require_gpt2(identity, f"precision '{precision}'")
     log.warning(
         "%s is a %s: it trains on padded batches by transformers and peft, in fp32, slower and in "
-        "more memory than a GPT-2 of its size, and how much memory is not predicted",
+        "more memory than a GPT-2 of its size",
         identity.name,
         FAMILIES[identity.shape.family].title,
     )

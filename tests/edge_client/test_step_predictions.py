@@ -25,11 +25,11 @@ from device_profiles.step_memory import (
 from device_profiles.step_model import Pass, StepShape, base_parameters, trainable_parameters
 from device_profiles.step_products import pass_flops
 from edge_client.data.packing import Packed, pack
+from edge_client.peft.memory_count import MemoryCount
 from edge_client.peft.packed_model import PackedModel
 from edge_client.random_base import random_examples
 from quantization.frozen_gpt2 import FrozenBase, load_frozen
 from quantization.identity import identify
-from tests.quantization.memory import MemoryCount
 
 _PASS = Pass(examples=3, tokens=40, response=13)
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from device_profiles.errors import InputError
+from edge_client.peft.memory_count import MemoryCount
 from quantization.backends import stored
 from quantization.checkpoint import Checkpoint
 from quantization.errors import BaseModelError
@@ -31,7 +32,6 @@ from quantization.frozen_gpt2 import (
 from quantization.identity import identify
 from quantization.precision import PRECISIONS, available, choose
 from tests.conftest import HEADS, LAYERS, POSITIONS, VOCABULARY, WIDTH, write_checkpoint
-from tests.quantization.memory import MemoryCount
 
 TOKENS = torch.arange(33) * 13 % VOCABULARY
 PROJECTIONS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from device_profiles.seeds import stream
+from edge_client.peft.memory_count import MemoryCount
 from quantization.backends import stored
 from quantization.backends.bf16 import hold_bf16
 from quantization.backends.dense import Fp32Matrix, hold_fp32
@@ -25,7 +26,6 @@ from quantization.backends.nf4 import LEVELS, hold_nf4, round_blocks
 from quantization.backends.nf4_bitsandbytes import hold_nf4_bitsandbytes
 from quantization.matrix import FrozenMatrix
 from quantization.precision import PRECISIONS
-from tests.quantization.memory import MemoryCount
 
 EXACT = [("fp32", "torch"), ("bf16", "torch"), ("int8", "torch"), ("nf4", "torch")]
 EXACT += [("nf4", "bitsandbytes")]

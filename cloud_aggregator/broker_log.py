@@ -17,14 +17,19 @@ from device_profiles.errors import InputError
 
 READ_BYTES = 8 * 2**20
 
-_TLS = rb"(?:OpenSSL Error\[\d+\]|Client connection from [^ ]+ failed): "
+_START = rb"^(?:[^ ]+ )?"  # of a line: a time, in either form; what strangers say comes later
+_TLS = _START + rb"(?:OpenSSL Error\[\d+\]|Client connection from [^ ]+ failed): "
 #: By reason: a certificate that is missing or of another authority, any other failure of TLS, a
-#: user or password that is not right, and what is no MQTT.
+#: user or password that is not right, what is no MQTT, and messages that no access rule allows,
+#: which mosquitto writes down among what is for debugging alone (``pwff certs --log-denials``).
 REASONS = {
     "certificate": re.compile(_TLS + rb".*(?:certificate|unknown ca)"),
     "tls": re.compile(_TLS + rb"(?!.*(?:certificate|unknown ca|unexpected eof))"),
-    "authorisation": re.compile(rb"Client .* disconnected[,:] not authori[sz]ed"),
-    "protocol": re.compile(rb"Client .* disconnected due to (?:protocol error|malformed|oversize)"),
+    "authorisation": re.compile(_START + rb"Client .* disconnected[,:] not authori[sz]ed"),
+    "protocol": re.compile(
+        _START + rb"Client .* disconnected due to (?:protocol error|malformed|oversize)"
+    ),
+    "denied": re.compile(_START + rb"Denied PUBLISH from "),
 }
 
 

@@ -43,6 +43,12 @@ _RESERVED = (AGGREGATOR, BROKER)
     help="Where the broker keeps its state.",
 )
 @click.option(
+    "--log-denials",
+    is_flag=True,
+    help="Has the broker log every message, so that broker_log counts those that its access rules "
+    "deny.",
+)
+@click.option(
     "--days", default=397, show_default=True, type=click.IntRange(1, 3650), help="Validity."
 )
 @click.option(
@@ -60,6 +66,7 @@ def certs(
     port: int,
     installed: str,
     data: str,
+    log_denials: bool,
     days: int,
     renew: tuple[str, ...],
 ) -> int:
@@ -92,7 +99,7 @@ def certs(
         if name not in (*_RESERVED, *clients):
             raise InputError(f"--renew '{name}' is not made here; add --client {name}")
     made = Credentials(folder, days=days, renew=renew)
-    made.broker(hosts, port, installed, data)
+    made.broker(hosts, port, installed, data, denials=log_denials)
     keys = made.aggregator(run)
     for name in clients:
         made.client(name, keys)

@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
-from messaging.broker_rules import AGGREGATOR, access_rules, mosquitto_config
+from messaging.broker_rules import AGGREGATOR, LOGS_ALL, access_rules, mosquitto_config
 from messaging.certificates import (
     Pair,
     is_vouched_for,
@@ -59,7 +59,9 @@ class Credentials:
         self.lines: list[Line] = []
         self._authority = self._ca()
 
-    def broker(self, hosts: Sequence[str], port: int, installed: str, data: str) -> None:
+    def broker(
+        self, hosts: Sequence[str], port: int, installed: str, data: str, *, denials: bool = False
+    ) -> None:
         """Make what the broker's machine is given.
 
         Args:
@@ -68,6 +70,7 @@ class Credentials:
             port: That it listens on.
             installed: Folder of these files on the broker's machine.
             data: Folder on that machine that the broker keeps its state in.
+            denials: Whether its log has the messages that access rules deny.
 
         Raises:
             SecretError: If a file is not usable.
@@ -84,7 +87,14 @@ class Credentials:
         make = partial(make_server, self._authority, BROKER, names, self._days)
         self._certify(place, BROKER, make)
         self._write(place / "acl", access_rules().encode())
-        self._write(place / "mosquitto.conf", mosquitto_config(port, installed, data).encode())
+        config = mosquitto_config(port, installed, data, denials=denials)
+        path = place / "mosquitto.conf"
+        self._write(path, config.encode())
+        if denials and LOGS_ALL not in path.read_text().splitlines():
+            raise SecretError(
+                f"{path} was there before and is kept, and it logs no denials; put '{LOGS_ALL}' "
+                "into it, or remove it to have it made anew"
+            )
 
     def aggregator(self, run: str | None) -> RunKeys | None:
         """Make what the aggregator's machine is given; return the keys of the run, if one is named.

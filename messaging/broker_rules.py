@@ -43,15 +43,23 @@ log_type notice
 """
 
 
-def mosquitto_config(port: int, folder: str, data: str) -> str:
+LOGS_ALL = "log_type debug"
+_DENIALS = f"""\
+# What access rules deny is among what is for debugging: a line or two for every message.
+{LOGS_ALL}
+"""
+
+
+def mosquitto_config(port: int, folder: str, data: str, *, denials: bool = False) -> str:
     """Return mosquitto.conf.
 
     Args:
         port: To listen on, all addresses.
         folder: With ca.pem, broker.pem, broker.key and acl, on the broker's machine.
         data: Where the broker keeps what must outlive it.
+        denials: Whether its log has the messages that access rules deny, and all others too.
     """
-    return _CONFIG.format(port=port, folder=folder, data=data)
+    return _CONFIG.format(port=port, folder=folder, data=data) + (_DENIALS if denials else "")
 
 
 def access_rules() -> str:

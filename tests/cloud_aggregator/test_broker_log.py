@@ -20,6 +20,13 @@ NOT_TLS = "1: OpenSSL Error[0]: error:0A00010B:SSL routines::wrong version numbe
 NOT_TLS_EITHER = "1: Client connection from 1.2.3.4 failed: error:0A00010B:SSL routines::x.\n"
 STRANGER = "1: Client eve disconnected, not authorised.\n"
 GARBAGE = "1: Client eve disconnected due to malformed packet.\n"
+DENIED = "1: Denied PUBLISH from eve (d0, q1, r0, m2, 'pwff/v1/r/c/a/state', ... (12 bytes))\n"
+DENIED_BY_DATE = DENIED.replace("1:", "2026-11-30T10:00:00+0000:", 1)
+LIES = (  # what a device that is let in may call its topics
+    "1: Received PUBLISH from eve (d0, q1, r0, m3, 'Denied PUBLISH from a', ... (1 bytes))\n",
+    "1: Received PUBLISH from eve (d0, q1, r0, m3, ': Client a disconnected, not authorised', )\n",
+    "1: Received PUBLISH from eve (d0, q1, r0, m3, 'OpenSSL Error[0]: certificate', ... (1 by)\n",
+)
 ORDINARY = "1: New client connected from 127.0.0.1:1 as a (p5, c1, k30, u'a').\n"
 
 
@@ -48,6 +55,13 @@ def test_each_reason_is_told_apart_and_the_ordinary_is_none(watched: Watched) ->
     assert watched.write(ORDINARY, SCAN) == {}
     found = watched.write(NO_CERTIFICATE, NOT_TLS, NOT_TLS_EITHER, STRANGER, GARBAGE, STRANGER)
     assert found == {"certificate": 1, "tls": 2, "authorisation": 2, "protocol": 1}
+
+
+def test_what_an_access_rule_denies_is_counted_and_what_a_topic_says_is_not(
+    watched: Watched,
+) -> None:
+    assert watched.write(*LIES) == {}
+    assert watched.write(DENIED, DENIED_BY_DATE) == {"denied": 2}
 
 
 def test_what_was_counted_is_not_counted_again(watched: Watched) -> None:

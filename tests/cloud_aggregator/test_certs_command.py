@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from messaging.broker import find_mosquitto
 from messaging.broker_rules import access_rules, mosquitto_config
 from messaging.chunks import CHUNK_BYTES
+from messaging.errors import SecretError
 from messaging.key_files import device_keys, run_keys
 from messaging.memory import matches
 from messaging.tls import TlsFiles
@@ -177,14 +178,35 @@ def test_the_example_of_a_brokers_configuration_is_what_the_command_writes() -> 
         assert line in expected.splitlines()
 
 
+def test_what_access_rules_deny_is_logged_where_it_is_asked_for() -> None:
+    plain = mosquitto_config(8883, "f", "d")
+    assert "log_type debug" not in plain
+    logged = mosquitto_config(8883, "f", "d", denials=True)
+    assert logged.startswith(plain)
+    assert logged.splitlines()[-1] == "log_type debug"
+
+
+def test_a_configuration_that_is_kept_and_logs_no_denials_is_told(tmp_path: Path) -> None:
+    folder = str(tmp_path / "secrets")
+    certs(folder)
+    told = certs(folder, "--log-denials")
+    assert isinstance(told.exception, SecretError)
+    assert told.exception.exit_code == 2
+    assert "is kept, and it logs no denials; put 'log_type debug' into it" in str(told.exception)
+    config = tmp_path / "secrets" / "broker" / "mosquitto.conf"
+    config.write_text(config.read_text() + "log_type debug\n")
+    assert certs(folder, "--log-denials").exit_code == 0
+
+
 def test_mosquitto_takes_the_configuration(tmp_path: Path) -> None:
     if find_mosquitto() is None:
         pytest.skip("mosquitto is not installed: apt-get install mosquitto")
     folder = tmp_path / "secrets"
     (tmp_path / "data").mkdir()
     installed, data = str(folder / "broker"), str(tmp_path / "data")
-    certs(str(folder), "--installed", installed, "--data", data, "--port", "0")
+    certs(str(folder), "--installed", installed, "--data", data, "--port", "0", "--log-denials")
     config = folder / "broker" / "mosquitto.conf"
+    assert "log_type debug" in config.read_text()
     # a port that none can be: whatever is wrong before that would be told first
     done = subprocess.run(
         [find_mosquitto() or "", "-c", str(config)],

@@ -62,7 +62,7 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of ``pwff certs``, with keys for all but those who have no business here."""
     folder = tmp_path_factory.mktemp("papers")
     made = Credentials(folder, days=30)
-    made.broker(["localhost", HOST], 8883, "@FOLDER@", "@DATA@")
+    made.broker(["localhost", HOST], 8883, "@FOLDER@", "@DATA@", denials=True)
     keys = made.aggregator(RUN)
     for client in CLIENTS:
         made.client(client, keys if client in ("a", "b") else None)

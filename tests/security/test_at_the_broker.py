@@ -30,8 +30,13 @@ def knock(url: str, access: BrokerAccess, seconds: float = LIMIT) -> str:
 def turned_away(broker: Mosquitto, metrics: Metrics) -> set[str]:
     """Stop the broker; return why the metrics say that it turned somebody away."""
     broker.stop()  # then its log is whole
+    return set(refusals(metrics))
+
+
+def refusals(metrics: Metrics) -> dict[str, float]:
+    """Return how often the metrics say that the broker turned somebody away, by reason."""
     return {
-        sample.labels["reason"]
+        sample.labels["reason"]: sample.value
         for family in text_string_to_metric_families(metrics.page().decode())
         for sample in family.samples
         if sample.name == "pwff_broker_refusals_total" and sample.value
@@ -96,6 +101,7 @@ def test_a_broker_with_a_certificate_of_another_name_is_not_spoken_to(
 
 def test_a_device_reads_and_writes_its_own_topics_alone(site: Site) -> None:
     """Mallory has a certificate, and tries a's topics, both ways, and the manifest's."""
+    site.metrics.watch_broker(site.broker.log)
     _, thread = site.aggregator()
     mallory = site.peer(MALLORY, "pwff/#")
     insider = site.peer(INSIDER, "pwff/#")
@@ -112,6 +118,7 @@ def test_a_device_reads_and_writes_its_own_topics_alone(site: Site) -> None:
     mallory.say(topics.control(RUN, MALLORY), b"from mallory")  # its own, and the last
     topic, _ = insider.wait_for("#", lambda payload: payload == b"from mallory")
     assert topic == topics.control(RUN, MALLORY)
+    assert refusals(site.metrics) == {"denied": len(places)}
     for client in ("a", "b"):
         site.device(client)
     join(thread)

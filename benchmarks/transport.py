@@ -43,6 +43,9 @@ class Memory:
     def write(self, offset: int, payload: bytes) -> None:
         self.blob[offset : offset + len(payload)] = payload
 
+    def rest(self) -> None:
+        pass
+
     def finish(self) -> bytearray:
         return self.blob
 

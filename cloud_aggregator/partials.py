@@ -2,8 +2,8 @@
 
 Behind the pieces the file says of which blob they are and which are here, a byte each, until it is
 whole. That is written after the piece and not flushed: a machine that lost its power may have
-forgotten either, and then the hash of the whole tells. No file stays open, whatever the number of
-uploads under way.
+forgotten either, and then the hash of the whole tells. A file stays open only while its upload
+holds a grant, whatever the number of uploads under way.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
+from io import FileIO
 from pathlib import Path
 from typing import IO
 
@@ -34,6 +35,8 @@ class ResumablePartial:
         self._path, self._offer = path, offer
         self._marks_at = offer.bytes + len(_head(offer))
         self._piece_bytes = offer.chunk_bytes - HEADER_BYTES
+        self._folder = path.parent
+        self._file: FileIO | None = None
         here = held_pieces(path, offer)
         free = shutil.disk_usage(path.parent).free
         needed = offer.bytes - len(here) * self._piece_bytes
@@ -49,13 +52,21 @@ class ResumablePartial:
         Raises:
             SpoolFullError: If the disk has no room.
         """
-        with full_is_told(self._path.parent):
-            file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
-            try:
-                _write_at(file, offset, payload)
-                _write_at(file, self._marks_at + offset // self._piece_bytes, b"\1")
-            finally:
-                os.close(file)
+        with full_is_told(self._folder):
+            file = self._open().fileno()
+            _write_at(file, offset, payload)
+            _write_at(file, self._marks_at + offset // self._piece_bytes, b"\1")
+
+    def rest(self) -> None:
+        """Keep nothing open until the next piece."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> FileIO:
+        if self._file is None:
+            self._file = FileIO(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+        return self._file
 
     def finish(self) -> memoryview:
         """Flush to the disk and return the whole blob, as a view of the file.
@@ -66,13 +77,15 @@ class ResumablePartial:
         Raises:
             SpoolFullError: If the disk has no room.
         """
-        with full_is_told(self._path.parent), self._path.open("rb+") as file:
+        with full_is_told(self._folder), self._open() as file:
+            self._file = None
             file.truncate(self._offer.bytes)
             os.fsync(file.fileno())
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def discard(self) -> None:
         """Remove what has arrived."""
+        self.rest()
         self._path.unlink(missing_ok=True)
 
 

@@ -8,7 +8,6 @@ keeps its blob until then. A download is driven by the device, which asks for wh
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -155,6 +154,9 @@ class PartialBlob(Protocol):
     def write(self, offset: int, payload: Bytes) -> None:
         """Put ``payload`` at ``offset``; putting it there twice changes nothing."""
 
+    def rest(self) -> None:
+        """Keep nothing open: no piece is granted for now."""
+
     def finish(self) -> Bytes:
         """Return the whole blob, on disk."""
 
@@ -173,7 +175,6 @@ class _Incoming:
     offer: Offer
     missing: Missing
     partial: PartialBlob | None = None
-    granted: bool = False
     heard: float = 0.0  # when its last chunk came
     have_at: float = 0.0  # when it was last told what is missing
     since_have: int = 0  # chunks since then
@@ -182,6 +183,11 @@ class _Incoming:
     attempts: int = 1
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)  # of the first ``hashed`` pieces
     hashed: int = 0
+
+    def rest(self) -> None:
+        """Keep nothing open."""
+        if self.partial is not None:
+            self.partial.rest()
 
     def hash(self, index: int, payload: Bytes) -> None:
         """Hash a piece if it is the next: while the others are on their way costs no time."""
@@ -240,8 +246,8 @@ def _nothing_held(_offer: Offer) -> Iterable[int]:
     return ()
 
 
-def _pieces(offer: Offer) -> tuple[int, int]:
-    return offer.bytes, offer.chunk_bytes
+def _pieces(offer: Offer) -> tuple[str, int, int]:
+    return offer.blob, offer.bytes, offer.chunk_bytes
 
 
 class UploadDesk:
@@ -276,14 +282,15 @@ class UploadDesk:
         self._send = send
         self._complete = complete
         self._held = held
-        self._incoming: OrderedDict[tuple[str, str], _Incoming] = OrderedDict()
+        self._granted: dict[str, _Incoming] = {}  # one upload of a client, here or there
+        self._waiting: OrderedDict[str, _Incoming] = OrderedDict()  # who waits longest is first
         self.duplicate_bytes = 0
         self.damaged = 0
 
     @property
     def holders(self) -> list[str]:
         """Clients whose chunks are taken now, in client order."""
-        return sorted(client for (client, _), i in self._incoming.items() if i.granted)
+        return sorted(self._granted)
 
     def offered(self, offer: Offer, now: float) -> None:
         """Take an offer that the caller has already found acceptable; grant it when there is room.
@@ -296,32 +303,29 @@ class UploadDesk:
         """
         if offer.chunks != chunk_count(offer.bytes, offer.chunk_bytes):
             raise ProtocolError("chunk", f"{offer.chunks} chunks do not make {offer.bytes} bytes")
-        key = (offer.client, offer.blob)
-        incoming = self._incoming.get(key)
+        client = offer.client
+        incoming = self._granted.get(client) or self._waiting.get(client)
         if incoming is None or _pieces(incoming.offer) != _pieces(offer):
-            self.forget(offer.client)
+            self.forget(client)
             missing = Missing(offer.chunks, set(range(offer.chunks)) - set(self._held(offer)))
-            incoming = _Incoming(offer, missing)
-            self._incoming[key] = incoming
+            incoming = self._waiting[client] = _Incoming(offer, missing)
         incoming.offer = offer
         if not incoming.missing:  # an earlier process had all of it, and did not come to verify it
             self._whole(incoming, self._open_partial(offer), now)
             return
-        if incoming.granted:
-            self._grant(incoming, now)
+        if client in self._granted:
+            self._say_grant(incoming, now)
         self._hand_out(now)
 
     def _hand_out(self, now: float) -> None:
-        free = self._limits.grants - sum(i.granted for i in self._incoming.values())
-        waiting = (incoming for incoming in self._incoming.values() if not incoming.granted)
-        for incoming in list(itertools.islice(waiting, max(0, free))):
-            self._grant(incoming, now)
-
-    def _grant(self, incoming: _Incoming, now: float) -> None:
-        if not incoming.granted:
-            incoming.granted = True
+        while self._waiting and len(self._granted) < self._limits.grants:
+            client, incoming = self._waiting.popitem(last=False)
+            self._granted[client] = incoming
             incoming.period_began = now
             incoming.period_chunks = 0
+            self._say_grant(incoming, now)
+
+    def _say_grant(self, incoming: _Incoming, now: float) -> None:
         incoming.heard = incoming.have_at = now
         incoming.since_have = 0
         offer = incoming.offer
@@ -343,8 +347,8 @@ class UploadDesk:
         Raises:
             ProtocolError: If the piece was not granted or does not fit its offer.
         """
-        incoming = self._incoming.get((client, chunk.blob))
-        if incoming is None or not incoming.granted:
+        incoming = self._granted.get(client)
+        if incoming is None or incoming.offer.blob != chunk.blob:
             raise ProtocolError("grant", "chunk of an upload that holds no grant")
         offer = incoming.offer
         start, length = _piece_bytes(offer, chunk.index)
@@ -394,9 +398,9 @@ class UploadDesk:
                 code="hash",
                 reason=f"{ATTEMPTS} times the pieces did not make the blob that was offered",
             )
-            del self._incoming[offer.client, offer.blob]
+            self._drop(offer.client)
         else:
-            del self._incoming[offer.client, offer.blob]
+            self._drop(offer.client)
             answer = self._complete(offer, blob)
         if isinstance(answer, Reject):
             partial.discard()
@@ -410,19 +414,18 @@ class UploadDesk:
         incoming.attempts += 1
         incoming.missing = Missing(incoming.offer.chunks)
         incoming.digest, incoming.hashed = hashlib.sha256(), 0
-        if incoming.granted:
-            self._grant(incoming, now)
+        if incoming.offer.client in self._granted:
+            self._say_grant(incoming, now)
         self._hand_out(now)
 
     def expire(self, now: float) -> None:
         """Take grants back from uploads that are silent or too slow, and hand them on."""
-        waiting = any(not incoming.granted for incoming in self._incoming.values())
-        for key, incoming in list(self._incoming.items()):
-            if not incoming.granted:
-                continue
-            if self._is_silent(incoming, now) or (self._is_slow(incoming, now) and waiting):
-                incoming.granted = False
-                self._incoming.move_to_end(key)
+        waits = bool(self._waiting)
+        for client, incoming in list(self._granted.items()):
+            if self._is_silent(incoming, now) or (self._is_slow(incoming, now) and waits):
+                del self._granted[client]
+                self._waiting[client] = incoming
+                incoming.rest()
             else:
                 self._say_have_in_time(incoming, now)
         self._hand_out(now)
@@ -441,14 +444,19 @@ class UploadDesk:
 
     def suspend(self) -> None:
         """Let go of everything under way without a word; the pieces stay where they are."""
-        self._incoming.clear()
+        for incoming in self._granted.values():
+            incoming.rest()
+        self._granted.clear()
+        self._waiting.clear()
 
     def forget(self, client: str) -> None:
         """Drop whatever ``client`` had under way (it left, or its round is over).
 
         The next ``expire`` or ``offered`` hands its grant on.
         """
-        for key in [k for k in self._incoming if k[0] == client]:
-            partial = self._incoming.pop(key).partial
-            if partial is not None:
-                partial.discard()
+        incoming = self._drop(client)
+        if incoming is not None and incoming.partial is not None:
+            incoming.partial.discard()
+
+    def _drop(self, client: str) -> _Incoming | None:
+        return self._granted.pop(client, None) or self._waiting.pop(client, None)

@@ -6,6 +6,7 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +40,24 @@ def test_pieces_written_in_any_order_make_the_blob(
     for start in [*order, *again]:
         partial.write(start, blob[start : start + size])
     assert partial.finish() == blob
+
+
+def test_a_partial_holds_its_file_open_between_pieces_until_it_rests(tmp_path: Path) -> None:
+    def is_open() -> bool:
+        return path in {Path(file.path) for file in psutil.Process().open_files()}
+
+    spool, blob = a_spool(tmp_path / "1"), b"12345678"
+    partial = partial_of(spool, offer_of("a", blob))
+    path = spool.partial_path("a")
+    assert not is_open()
+    partial.write(4, blob[4:])
+    assert is_open()
+    partial.rest()
+    assert not is_open()
+    partial.write(0, blob[:4])
+    assert is_open()
+    assert partial.finish() == blob
+    assert not is_open()
 
 
 def keep(spool: Spool, client: str, value: float, **changes: int) -> bytes:

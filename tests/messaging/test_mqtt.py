@@ -227,6 +227,28 @@ def test_an_update_of_2_3_megabytes_arrives_whole(broker: str) -> None:
 
 
 @pytest.mark.broker
+@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="acknowledgements wait: no Linux")
+def test_tcp_acknowledges_at_once_what_a_broker_may_hold_the_next_packet_back_for(
+    broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    plain = socket.socket.setsockopt
+
+    def note(sock: socket.socket, level: int, option: int, value: int) -> None:
+        if (level, option, value) == (socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1):
+            told.append(threading.current_thread().name)
+        plain(sock, level, option, value)
+
+    monkeypatch.setattr(socket.socket, "setsockopt", note, raising=False)
+    with Node(broker, "hears", "a") as hears, Node(broker, "sends") as sends:
+        hears.wait_connected()
+        assert told == []
+        sends.transport.publish("a", b"1")
+        hears.next()
+    assert len(told) == len(set(told)) == 2  # the message on one side, its PUBACK on the other
+
+
+@pytest.mark.broker
 def test_the_newest_retained_manifest_reaches_a_late_subscriber(broker: str) -> None:
     with Node(broker, "sends", "echo") as sends:
         sends.wait_connected()

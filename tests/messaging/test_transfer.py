@@ -85,6 +85,7 @@ class Piecewise:
     def __init__(self, size: int, *, broken: bool = False) -> None:
         self.buffer = bytearray(size)
         self.discarded = False
+        self.rests = 0
         self.broken = broken
 
     def write(self, offset: int, payload: bytes) -> None:
@@ -93,6 +94,10 @@ class Piecewise:
             self.broken = False
             raise OSError("no space left on device")
         self.buffer[offset : offset + len(payload)] = payload
+
+    def rest(self) -> None:
+        """Remember that nothing is granted for now."""
+        self.rests += 1
 
     def finish(self) -> bytes:
         """Return the pieces."""
@@ -235,8 +240,10 @@ def test_the_grant_of_a_silent_upload_goes_to_the_next_and_comes_back() -> None:
     assert office.heard() == [("GRANT", "a"), ("HAVE", "a")]
     office.desk.expire(39.9)
     assert office.heard() == []
+    assert office.opened[0].rests == 0
     office.desk.expire(40.0)
     assert office.heard() == [("GRANT", "b")]
+    assert office.opened[0].rests == 1
     with pytest.raises(ProtocolError, match="no grant"):
         office.desk.data("a", piece(a, 0), 40.0)
     office.desk.data("b", piece(b, 0), 41.0)
@@ -476,6 +483,7 @@ def test_what_is_suspended_is_not_discarded_and_holds_no_grant() -> None:
     office.desk.data("a", piece(blob, 0), 0.0)
     office.desk.suspend()
     assert not office.opened[0].discarded
+    assert office.opened[0].rests == 1
     with pytest.raises(ProtocolError, match="no grant"):
         office.desk.data("a", piece(blob, 1), 0.0)
 

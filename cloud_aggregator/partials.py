@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
-from io import FileIO
+import weakref
 from pathlib import Path
 from typing import IO
 
@@ -36,7 +36,8 @@ class ResumablePartial:
         self._marks_at = offer.bytes + len(_head(offer))
         self._piece_bytes = offer.chunk_bytes - HEADER_BYTES
         self._folder = path.parent
-        self._file: FileIO | None = None
+        self._file = -1
+        self._closing: weakref.finalize[..., ResumablePartial] | None = None
         here = held_pieces(path, offer)
         free = shutil.disk_usage(path.parent).free
         needed = offer.bytes - len(here) * self._piece_bytes
@@ -53,19 +54,20 @@ class ResumablePartial:
             SpoolFullError: If the disk has no room.
         """
         with full_is_told(self._folder):
-            file = self._open().fileno()
+            file = self._open()
             _write_at(file, offset, payload)
             _write_at(file, self._marks_at + offset // self._piece_bytes, b"\1")
 
     def rest(self) -> None:
         """Keep nothing open until the next piece."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._closing is not None:
+            self._closing()
+            self._closing = None
 
-    def _open(self) -> FileIO:
-        if self._file is None:
-            self._file = FileIO(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+    def _open(self) -> int:
+        if self._closing is None:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            self._closing = weakref.finalize(self, os.close, self._file)  # forgotten, it closes too
         return self._file
 
     def finish(self) -> memoryview:
@@ -77,11 +79,14 @@ class ResumablePartial:
         Raises:
             SpoolFullError: If the disk has no room.
         """
-        with full_is_told(self._folder), self._open() as file:
-            self._file = None
-            file.truncate(self._offer.bytes)
-            os.fsync(file.fileno())
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        try:
+            with full_is_told(self._folder):
+                file = self._open()
+                os.ftruncate(file, self._offer.bytes)
+                os.fsync(file)
+                return memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_READ))
+        finally:
+            self.rest()
 
     def discard(self) -> None:
         """Remove what has arrived."""

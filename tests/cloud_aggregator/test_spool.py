@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -57,6 +58,12 @@ def test_a_partial_holds_its_file_open_between_pieces_until_it_rests(tmp_path: P
     partial.write(0, blob[:4])
     assert is_open()
     assert partial.finish() == blob
+    assert not is_open()
+    forgotten = partial_of(spool, offer_of("a", blob))
+    forgotten.write(0, blob[:4])
+    assert is_open()
+    del forgotten
+    gc.collect()
     assert not is_open()
 
 

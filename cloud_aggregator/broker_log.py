@@ -3,7 +3,7 @@
 A device without a certificate never reaches the aggregator, so nothing here could refuse it; what
 the broker writes down is the only trace. The log is read when the metrics are asked for, from where
 the last reading ended. What stands in it was partly chosen by strangers: lines are matched and
-counted, nothing of them is kept, and a reading takes no more than ``READ_BYTES``.
+counted, nothing of them is kept, and a reading takes no more than the last ``READ_BYTES``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from device_profiles.errors import InputError
 
 READ_BYTES = 8 * 2**20
 
-_START = rb"^(?:[^ ]+ )?"  # of a line: a time, in either form; what strangers say comes later
+#: Of a line: a time of at most two words, in syslog's file with a host before. What strangers call
+#: their topics comes later in it.
+_START = rb"^(?:\w{3} +\d+ [\d:]+ [^ ]+ mosquitto\[\d+\]: )?(?:[^ ]+ ){0,2}"
 _TLS = _START + rb"(?:OpenSSL Error\[\d+\]|Client connection from [^ ]+ failed): "
 #: By reason: a certificate that is missing or of another authority, any other failure of TLS, a
-#: user or password that is not right, what is no MQTT, and messages that no access rule allows,
-#: which mosquitto writes down among what is for debugging alone (``pwff certs --log-denials``).
+#: user or password that is not right, what is no MQTT, and a message that may not be published
+#: where it was, which mosquitto tells when it is to debug (``pwff certs --log-denials``).
 REASONS = {
     "certificate": re.compile(_TLS + rb".*(?:certificate|unknown ca)"),
     "tls": re.compile(_TLS + rb"(?!.*(?:certificate|unknown ca|unexpected eof))"),
@@ -69,9 +71,12 @@ class BrokerLog:
             if identity != known or size < start:  # rotated, or emptied
                 start, self._unfinished = 0, b""
             with self._path.open("rb") as file:
-                file.seek(max(start, size - READ_BYTES))
+                skips = size - READ_BYTES > start
+                file.seek(size - READ_BYTES if skips else start)
                 read = file.read(READ_BYTES)
                 self._place = identity, file.tell()
+            if skips:  # in the middle of a line, and perhaps of a stranger's words
+                self._unfinished, read = b"", read.partition(b"\n")[2]
         except OSError:
             return
         *lines, self._unfinished = (self._unfinished + read).split(b"\n")

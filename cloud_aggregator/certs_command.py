@@ -45,8 +45,8 @@ _RESERVED = (AGGREGATOR, BROKER)
 @click.option(
     "--log-denials",
     is_flag=True,
-    help="Has the broker log every message, so that broker_log counts those that its access rules "
-    "deny.",
+    help="Has the broker log every message, so that broker_log counts those that may not be "
+    "published where they were.",
 )
 @click.option(
     "--days", default=397, show_default=True, type=click.IntRange(1, 3650), help="Validity."

@@ -76,6 +76,8 @@ class Credentials:
             SecretError: If a file is not usable.
         """
         place = self._folder / BROKER
+        if denials:
+            _check_denials(place / "mosquitto.conf")
         path = place / f"{BROKER}.pem"
         before = server_names(path.read_bytes()) if path.exists() else ["localhost", "127.0.0.1"]
         names = list(hosts) or before
@@ -88,13 +90,7 @@ class Credentials:
         self._certify(place, BROKER, make)
         self._write(place / "acl", access_rules().encode())
         config = mosquitto_config(port, installed, data, denials=denials)
-        path = place / "mosquitto.conf"
-        self._write(path, config.encode())
-        if denials and LOGS_ALL not in path.read_text().splitlines():
-            raise SecretError(
-                f"{path} was there before and is kept, and it logs no denials; put '{LOGS_ALL}' "
-                "into it, or remove it to have it made anew"
-            )
+        self._write(place / "mosquitto.conf", config.encode())
 
     def aggregator(self, run: str | None) -> RunKeys | None:
         """Make what the aggregator's machine is given; return the keys of the run, if one is named.
@@ -175,3 +171,20 @@ class Credentials:
     def _write(self, path: Path, content: bytes, *, secret: bool = False) -> None:
         made = write_new(path, content, secret=secret)
         self.lines.append(Line(path, "made" if made else "kept"))
+
+
+def _check_denials(config: Path) -> None:
+    """Refuse a configuration that is there, will be kept, and logs no denials.
+
+    Raises:
+        SecretError: If it cannot be read either.
+    """
+    try:
+        lines = config.read_text(errors="replace").splitlines() if config.exists() else [LOGS_ALL]
+    except OSError as err:
+        raise SecretError(f"{config} cannot be read ({err.strerror})") from err
+    if not {("log_type", "debug"), ("log_type", "all")} & {tuple(line.split()) for line in lines}:
+        raise SecretError(
+            f"{config} was there before and is kept, and it logs no denials; put '{LOGS_ALL}' into "
+            "it, or remove it to have it made anew"
+        )

@@ -94,7 +94,7 @@ class Metrics:
         )
         self._rejects = counter("pwff_rejects", "What was refused.", ["code"])
         self._turned_away = counter(
-            "pwff_broker_refusals", "Whom the broker turned away, by its log.", ["reason"]
+            "pwff_broker_refusals", "What the broker turned away, by its log.", ["reason"]
         )
         self._before_page: list[Callable[[], None]] = []
         self._clients = gauge("pwff_clients", "Devices that were ever there.", ["state"])

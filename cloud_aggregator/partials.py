@@ -59,10 +59,15 @@ class ResumablePartial:
             _write_at(file, self._marks_at + offset // self._piece_bytes, b"\1")
 
     def rest(self) -> None:
-        """Keep nothing open until the next piece."""
-        if self._closing is not None:
-            self._closing()
-            self._closing = None
+        """Keep nothing open until the next piece.
+
+        Raises:
+            SpoolFullError: If the disk says only now that it has no room.
+        """
+        closing, self._closing = self._closing, None
+        if closing is not None:
+            with full_is_told(self._folder):
+                closing()
 
     def _open(self) -> int:
         if self._closing is None:

@@ -29,13 +29,17 @@ from device_profiles.step_memory import (
     STATE_BYTES,
     StepMemory,
 )
-from quantization.errors import BaseModelError
 from quantization.identity import BaseIdentity
 
 if TYPE_CHECKING:
     import torch
 
     from edge_client.peft.tuned_model import TunedModel
+
+
+class CountError(Exception):
+    """A step that torch does not go through without values: what it takes is not known."""
+
 
 _MODEL_BYTES = 4  # of a trainable number: the model has it beside what is stepped
 #: Fitted, as are the holes, to three models of 25 to 70 million weights (Linux, torch 2.13,
@@ -69,6 +73,7 @@ def plain_memory(
     Raises:
         InputError: If size, rank, count or placement do not fit the base.
         BaseModelError: If the libraries make nothing of its configuration.
+        CountError: If the step depends on values (some ways to stretch positions do).
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -89,14 +94,17 @@ def plain_memory(
             lora_count=lora_count,
             lora_rank=lora_rank,
         )
-    with FakeTensorMode():
-        _without_values(model.model)
-        model.activate(lora_count)
-        trainable = sum(p.numel() for p in model.trainable().values())
-        with MemoryCount() as training:
-            _train(model, torch.zeros(batch_size, length, dtype=torch.long))
-        with MemoryCount() as held_out, torch.no_grad():
-            _score(model, torch.zeros(EVALUATION_EXAMPLES, length, dtype=torch.long))
+    try:
+        with FakeTensorMode():
+            _without_values(model.model)
+            model.activate(lora_count)
+            trainable = sum(p.numel() for p in model.trainable().values())
+            with MemoryCount() as training:
+                _train(model, torch.zeros(batch_size, length, dtype=torch.long))
+            with MemoryCount() as held_out, torch.no_grad():
+                _score(model, torch.zeros(EVALUATION_EXAMPLES, length, dtype=torch.long))
+    except Exception as err:  # of torch's own, and of no common kind
+        raise CountError(f"{type(err).__name__}: {err}".partition("\n")[0]) from err
     before, heap = BEFORE_BYTES * trainable, max(training.heap_bytes, held_out.heap_bytes)
     phases = (
         (STATE_BYTES + _MODEL_BYTES, training),
@@ -165,7 +173,7 @@ def plain_memory_apart(identity: BaseIdentity, **settings: Any) -> StepMemory:
         settings: The others of ``plain_memory``.
 
     Raises:
-        BaseModelError: If that process fails.
+        CountError: If that process fails.
     """
     given = json.dumps([asdict(identity), settings], default=str)  # folders
     done = subprocess.run(
@@ -176,9 +184,7 @@ def plain_memory_apart(identity: BaseIdentity, **settings: Any) -> StepMemory:
     )
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:]
-        raise BaseModelError(
-            f"{identity.name}: what memory it takes cannot be counted: {' '.join(last)}"
-        )
+        raise CountError(" ".join(last) or f"it ended with {done.returncode}")
     return StepMemory(**json.loads(done.stdout.splitlines()[-1]))
 
 

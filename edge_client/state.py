@@ -133,12 +133,14 @@ class StateStore:
         """Return the state after a round.
 
         Raises:
-            InputError: If the file is damaged.
+            InputError: If the file is damaged, or of an earlier version.
         """
         path = self._path(round_)
         try:
             with safe_open(path, "np") as file:
                 meta = json.loads(file.metadata()["pwff"])
+                if "tensors" not in meta and "steps" in meta:
+                    raise _earlier(path)
                 flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
             vectors = {name: flat.pop(name, None) for name in _VECTORS}
             kinds = _named(flat, meta["tensors"])
@@ -153,10 +155,11 @@ class StateStore:
                 numbers=meta["numbers"],
                 **vectors,
             )
+        except InputError:
+            raise
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as err:
             raise InputError(
-                f"{path} is damaged, or of another version of pwff; remove it to go on from the "
-                "round before"
+                f"{path} is damaged; remove it to go on from the round before"
             ) from err
 
     def reference(self) -> Vector | None:
@@ -238,6 +241,14 @@ class StateStore:
     def _write(self, path: Path, arrays: Tensors, meta: dict[str, str]) -> None:
         whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         replace_file(path, lambda new: save_file(whole, new, metadata=meta))
+
+
+def _earlier(path: Path) -> InputError:
+    """Return what to say of a file in which each tensor lies by itself."""
+    return InputError(
+        f"{path} is of an earlier version of pwff; finish the run with that version, or start a "
+        "new one"
+    )
 
 
 def _flat(tensors: Tensors) -> Vector:

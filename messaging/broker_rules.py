@@ -45,7 +45,7 @@ log_type notice
 
 LOGS_ALL = "log_type debug"
 _DENIALS = f"""\
-# What access rules deny is among what is for debugging: a line or two for every message.
+# Publishing that is denied is among what is for debugging: four lines for every message passed on.
 {LOGS_ALL}
 """
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from cloud_aggregator.emulation.plan import Planned
 from device_profiles.families import GPT2
 from device_profiles.methods import find_method
 from edge_client.device_record import held_bytes
-from edge_client.plain_memory import plain_memory, plain_memory_apart
+from edge_client.plain_memory import CountError, plain_memory, plain_memory_apart
 from edge_client.preflight import (
     check_disk,
     check_memory,
@@ -23,6 +24,8 @@ from edge_client.preflight import (
     whole_states,
 )
 from quantization.checkpoint import look_through
+
+log = logging.getLogger(__name__)
 
 #: Of the aggregator, on the same machine, for each parameter that travels: its sums in float64, an
 #: update and its bytes, and states. It counts where that is many.
@@ -48,9 +51,15 @@ def _check_memory(planned: Planned) -> None:
     """
     whole = planned.experiment.reward_shares == "all"
     quantised = planned.identity.shape.family == GPT2
+    free = free_memory()  # before anything is imported that is counted with the rest
+    try:
+        needed = _needed(planned) if quantised else _plain(planned)
+    except CountError as err:
+        log.warning("what memory %s takes is not predicted (%s)", planned.identity.name, err)
+        return
     check_memory(
-        _needed(planned) if quantised else _plain(planned),
-        free_memory(),
+        needed,
+        free,
         what=f"{planned.workers} worker(s) on {planned.identity.name}",
         remedies=[
             *(["give --workers 1"] if planned.workers > 1 else []),
@@ -106,13 +115,14 @@ def _plain(planned: Planned) -> int:
     Weights are read, not mapped: each worker has its own.
     """
     modules, experiment = planned.fleet.modules, planned.experiment
+    devices = [client.device for client in planned.fleet.clients]
     # with a transport in memory, this process has the libraries in any case
     count = plain_memory if experiment.transport == "memory" else plain_memory_apart
     one = count(
         planned.identity,
-        adapter_size=modules.adapter_size,
+        adapter_size=max(device.adapter_size for device in devices),
         placement=modules.placement,
-        lora_count=max(client.device.lora_count for client in planned.fleet.clients),
+        lora_count=max(device.lora_count for device in devices),
         lora_rank=modules.lora_rank,
         batch_size=experiment.batch_size,
         max_length=experiment.max_length,

@@ -21,7 +21,15 @@ NOT_TLS_EITHER = "1: Client connection from 1.2.3.4 failed: error:0A00010B:SSL r
 STRANGER = "1: Client eve disconnected, not authorised.\n"
 GARBAGE = "1: Client eve disconnected due to malformed packet.\n"
 DENIED = "1: Denied PUBLISH from eve (d0, q1, r0, m2, 'pwff/v1/r/c/a/state', ... (12 bytes))\n"
-DENIED_BY_DATE = DENIED.replace("1:", "2026-11-30T10:00:00+0000:", 1)
+DENIED_BY_DATE = [
+    DENIED.replace("1:", start, 1)
+    for start in (
+        "2026-11-30T10:00:00+0000:",
+        "2026-11-30 10:00:00:",
+        "Nov 30 10:00:00 host mosquitto[1]:",
+        "Nov  3 10:00:00 host mosquitto[1]: 1:",
+    )
+]
 LIES = (  # what a device that is let in may call its topics
     "1: Received PUBLISH from eve (d0, q1, r0, m3, 'Denied PUBLISH from a', ... (1 bytes))\n",
     "1: Received PUBLISH from eve (d0, q1, r0, m3, ': Client a disconnected, not authorised', )\n",
@@ -61,7 +69,7 @@ def test_what_an_access_rule_denies_is_counted_and_what_a_topic_says_is_not(
     watched: Watched,
 ) -> None:
     assert watched.write(*LIES) == {}
-    assert watched.write(DENIED, DENIED_BY_DATE) == {"denied": 2}
+    assert watched.write(DENIED, *DENIED_BY_DATE) == {"denied": 5}
 
 
 def test_what_was_counted_is_not_counted_again(watched: Watched) -> None:
@@ -87,8 +95,8 @@ def test_a_flood_of_lines_costs_a_reading_no_more_than_its_bound(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(broker_log, "READ_BYTES", 10 * len(STRANGER))
-    assert watched.write(*[STRANGER] * 1000) == {"authorisation": 10}
-    assert watched.write("x" * 10_000) == {"authorisation": 10}
+    assert watched.write(*[STRANGER] * 1000) == {"authorisation": 9}  # the first may be half of one
+    assert watched.write("x" * 10_000) == {"authorisation": 9}
     assert len(watched.log._unfinished) <= broker_log.READ_BYTES
 
 

@@ -291,7 +291,6 @@ def test_what_the_damages_keep_of_a_header_is_what_a_file_says(tmp_path: Path) -
         add_a_stranger,
         keep_less_than_is_named,
         keep_more_than_is_named,
-        keep_each_by_its_name,
     ],
 )
 def test_a_damaged_file_is_named_with_what_to_do_about_it(tmp_path: Path, damage: Any) -> None:
@@ -299,14 +298,19 @@ def test_a_damaged_file_is_named_with_what_to_do_about_it(tmp_path: Path, damage
     store.save(a_state(2))
     store.save(a_state(3))
     damage(tmp_path / "state-000003.safetensors")
-    with pytest.raises(
-        InputError, match=r"state-000003\.safetensors is damaged, or of .*; remove it"
-    ):
+    with pytest.raises(InputError, match=r"state-000003\.safetensors is damaged; remove it"):
         store.newest(before=4)
     (tmp_path / "state-000003.safetensors").unlink()
     found = store.newest(before=4)
     assert found is not None
     assert_same(found, a_state(2))
+
+
+def test_a_state_of_an_earlier_version_is_not_called_damaged(tmp_path: Path) -> None:
+    StateStore(tmp_path).save(a_state(3))
+    keep_each_by_its_name(tmp_path / "state-000003.safetensors")
+    with pytest.raises(InputError, match="is of an earlier version of pwff; finish the run with"):
+        StateStore(tmp_path).newest(before=4)
 
 
 def rename(path: Path) -> None:

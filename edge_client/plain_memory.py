@@ -34,6 +34,7 @@ from quantization.identity import BaseIdentity
 if TYPE_CHECKING:
     import torch
 
+    from edge_client.peft.memory_count import MemoryCount
     from edge_client.peft.tuned_model import TunedModel
 
 
@@ -76,9 +77,7 @@ def plain_memory(
         CountError: If the step depends on values (some ways to stretch positions do).
     """
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from edge_client.peft.memory_count import MemoryCount
     from edge_client.peft.tuned_model import TunedModel
     from quantization.base_model import Base, unloaded_model
     from quantization.tokenizer import load_tokenizer
@@ -94,17 +93,8 @@ def plain_memory(
             lora_count=lora_count,
             lora_rank=lora_rank,
         )
-    try:
-        with FakeTensorMode():
-            _without_values(model.model)
-            model.activate(lora_count)
-            trainable = sum(p.numel() for p in model.trainable().values())
-            with MemoryCount() as training:
-                _train(model, torch.zeros(batch_size, length, dtype=torch.long))
-            with MemoryCount() as held_out, torch.no_grad():
-                _score(model, torch.zeros(EVALUATION_EXAMPLES, length, dtype=torch.long))
-    except Exception as err:  # of torch's own, and of no common kind
-        raise CountError(f"{type(err).__name__}: {err}".partition("\n")[0]) from err
+    training, held_out = _counts(model, lora_count, batch_size, length)
+    trainable = sum(p.numel() for p in model.trainable().values())
     before, heap = BEFORE_BYTES * trainable, max(training.heap_bytes, held_out.heap_bytes)
     phases = (
         (STATE_BYTES + _MODEL_BYTES, training),
@@ -123,6 +113,32 @@ def plain_memory(
         for state, count in phases
     ]
     return max(memories, key=lambda memory: memory.total)
+
+
+def _counts(
+    model: TunedModel, lora_count: int, batch_size: int, length: int
+) -> tuple[MemoryCount, MemoryCount]:
+    """Return what a step on a model makes, and what measuring does.
+
+    Raises:
+        CountError: If either depends on values.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from edge_client.peft.memory_count import MemoryCount
+
+    try:
+        with FakeTensorMode():
+            _without_values(model.model)
+            model.activate(lora_count)
+            with MemoryCount() as training:
+                _train(model, torch.zeros(batch_size, length, dtype=torch.long))
+            with MemoryCount() as held_out, torch.no_grad():
+                _score(model, torch.zeros(EVALUATION_EXAMPLES, length, dtype=torch.long))
+    except Exception as err:  # of torch's own, and of no common kind
+        raise CountError(f"{type(err).__name__}: {err}".partition("\n")[0]) from err
+    return training, held_out
 
 
 def _without_values(model: torch.nn.Module) -> None:

@@ -282,7 +282,7 @@ class UploadDesk:
         self._send = send
         self._complete = complete
         self._held = held
-        self._granted: dict[str, _Incoming] = {}  # one upload of a client, here or there
+        self._granted: dict[str, _Incoming] = {}  # a client has one upload at most, in either
         self._waiting: OrderedDict[str, _Incoming] = OrderedDict()  # who waits longest is first
         self.duplicate_bytes = 0
         self.damaged = 0
@@ -420,9 +420,9 @@ class UploadDesk:
 
     def expire(self, now: float) -> None:
         """Take grants back from uploads that are silent or too slow, and hand them on."""
-        waits = bool(self._waiting)
+        someone_waits = bool(self._waiting)
         for client, incoming in list(self._granted.items()):
-            if self._is_silent(incoming, now) or (self._is_slow(incoming, now) and waits):
+            if self._is_silent(incoming, now) or (self._is_slow(incoming, now) and someone_waits):
                 del self._granted[client]
                 self._waiting[client] = incoming
                 incoming.rest()
